@@ -1,0 +1,282 @@
+package policy
+
+import (
+	"maps"
+	"math"
+	"slices"
+	"strings"
+	"time"
+
+	resiliencev1 "github.com/grpc-resilience/grpc-resilience/proto/resilience/v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+)
+
+// Table is one side's rules, indexed by pattern. It is immutable and safe for
+// concurrent use.
+type Table struct {
+	exact    map[string]*entry // by "/pkg.Service/Method"
+	services map[string]*entry // by "/pkg.Service/"
+	star     *entry            // nil: no rule for "*"
+
+	// What applies to the methods that no exact pattern names, made once: it is
+	// the same for all methods of a service, and for all others.
+	byService map[string]*Effective
+	byStar    *Effective
+}
+
+// entry is one pattern of a rule.
+type entry struct {
+	rule *resiliencev1.MethodPolicy
+	name string // the rule's name, by default the pattern
+	id   int    // number of the rule, from 1
+}
+
+// NewTable indexes the rules of one side, which Validate has accepted. It keeps
+// copies: what the caller does to the rules afterwards has no effect.
+func NewTable(rules []*resiliencev1.MethodPolicy) *Table {
+	t := &Table{exact: make(map[string]*entry), services: make(map[string]*entry)}
+	for i, rule := range rules {
+		rule = proto.CloneOf(rule)
+		for _, pattern := range rule.GetMethods() {
+			e := &entry{rule: rule, name: rule.GetName(), id: i + 1}
+			if e.name == "" {
+				e.name = pattern
+			}
+			if service, all := strings.CutSuffix(pattern, "*"); !all {
+				t.exact[pattern] = e
+			} else if service != "" {
+				t.services[service] = e
+			} else {
+				t.star = e
+			}
+		}
+	}
+	t.byService = make(map[string]*Effective, len(t.services))
+	for service := range t.services {
+		t.byService[service] = t.effective(service)
+	}
+	if t.star != nil {
+		t.byStar = t.effective("")
+	}
+	return t
+}
+
+// Exact returns the patterns that name one method, sorted.
+func (t *Table) Exact() []string {
+	return slices.Sorted(maps.Keys(t.exact))
+}
+
+// Names reports whether an exact pattern names the method.
+func (t *Table) Names(method string) bool {
+	return t.exact[method] != nil
+}
+
+// Effective returns what applies to a method, given by its full name
+// ("/pkg.Service/Method"), or nil if nothing does: no rule matches, or every
+// block is absent or switched off. Any string is a valid argument.
+func (t *Table) Effective(method string) *Effective {
+	service := method[:strings.LastIndexByte(method, '/')+1]
+	switch {
+	case t.exact[method] != nil:
+		return t.effective(method)
+	case t.services[service] != nil:
+		return t.byService[service]
+	case strings.HasPrefix(method, "/grpc."):
+		return nil
+	}
+	return t.byStar
+}
+
+// effective applies inheritance and defaults to a method, or to all methods of a
+// service ("/pkg.Service/").
+func (t *Table) effective(method string) *Effective {
+	chain := make([]*entry, 0, 3) // most specific first
+	for _, e := range [...]*entry{
+		t.exact[method],
+		t.services[method[:strings.LastIndexByte(method, '/')+1]],
+		t.star,
+	} {
+		// Health, reflection and their like must never meet a limit by accident.
+		if e != nil && (e != t.star || !strings.HasPrefix(method, "/grpc.")) {
+			chain = append(chain, e)
+		}
+	}
+	if len(chain) == 0 {
+		return nil
+	}
+
+	e := Effective{
+		Rule:          chain[0].name,
+		Timeout:       inheritDuration(chain, (*resiliencev1.MethodPolicy).GetTimeout),
+		StreamTimeout: inheritDuration(chain, (*resiliencev1.MethodPolicy).GetStreamTimeout),
+		MinimumBudget: inheritDuration(chain, (*resiliencev1.MethodPolicy).GetMinimumBudget),
+	}
+	if b, from := inherit(chain, (*resiliencev1.MethodPolicy).GetBreaker); b != nil && !b.GetDisabled() {
+		e.Breaker = newBreaker(b, from, e.Timeout)
+	}
+	if r, from := inherit(chain, (*resiliencev1.MethodPolicy).GetRateLimit); r != nil && !r.GetDisabled() {
+		e.RateLimit = newRateLimit(r, from)
+	}
+	if c, from := inherit(chain, (*resiliencev1.MethodPolicy).GetConcurrencyLimit); c != nil && !c.GetDisabled() {
+		e.Concurrency = newConcurrency(c, from)
+	}
+	if e == (Effective{Rule: e.Rule}) {
+		return nil
+	}
+	return &e
+}
+
+// inherit returns the block of the most specific rule that has it.
+func inherit[T any](chain []*entry, block func(*resiliencev1.MethodPolicy) *T) (*T, *entry) {
+	for _, e := range chain {
+		if b := block(e.rule); b != nil {
+			return b, e
+		}
+	}
+	return nil, nil
+}
+
+func inheritDuration(chain []*entry, field func(*resiliencev1.MethodPolicy) *durationpb.Duration) time.Duration {
+	d, _ := inherit(chain, field)
+	return d.AsDuration() // unset: 0
+}
+
+// Effective is what applies to one method, inheritance and defaults applied.
+type Effective struct {
+	Rule          string        // name, by default the pattern, of the most specific rule
+	Timeout       time.Duration // unary calls; 0: none
+	StreamTimeout time.Duration // 0: none
+	MinimumBudget time.Duration // 0: none
+	Breaker       *Breaker      // nil: none
+	RateLimit     *RateLimit    // nil: none
+	Concurrency   *Concurrency  // nil: none
+}
+
+// Breaker is the circuit breaker of one method.
+type Breaker struct {
+	Rule           string // the rule that gave the block: its name, by default the pattern that matched
+	ErrorPercent   int
+	RequestVolume  int
+	Probes         int
+	SlowPercent    int
+	Window         time.Duration
+	SleepWindow    time.Duration
+	MaxSleepWindow time.Duration // at least SleepWindow
+	Lease          time.Duration // of a probe: the longer of SleepWindow and the method's timeout
+	MinDeadline    time.Duration // at most the method's timeout
+	SlowCall       time.Duration // 0: slow calls are not counted
+	FailureCodes   uint32        // bit n: gRPC code n is a failure
+}
+
+func newBreaker(b *resiliencev1.Breaker, from *entry, timeout time.Duration) *Breaker {
+	sleep := durationOr(b.SleepWindow, defaultSleepWindow)
+	e := &Breaker{
+		Rule:           from.name,
+		ErrorPercent:   numberOr(b.ErrorPercentThreshold, 50),
+		RequestVolume:  numberOr(b.RequestVolumeThreshold, 20),
+		Probes:         numberOr(b.HalfOpenProbes, 1),
+		SlowPercent:    numberOr(b.SlowCallPercentThreshold, 100),
+		Window:         durationOr(b.Window, 10*time.Second),
+		SleepWindow:    sleep,
+		MaxSleepWindow: durationOr(b.MaxSleepWindow, sleep),
+		Lease:          max(sleep, timeout),
+		MinDeadline:    durationOr(b.MinDeadline, 50*time.Millisecond),
+		SlowCall:       b.SlowCallThreshold.AsDuration(),
+		FailureCodes:   defaultFailureCodes,
+	}
+	if timeout > 0 {
+		e.MinDeadline = min(e.MinDeadline, timeout)
+	}
+	if len(b.FailureCodes) > 0 {
+		e.FailureCodes = 0
+		for _, name := range b.FailureCodes {
+			e.FailureCodes |= 1 << codeNumber(name)
+		}
+	}
+	return e
+}
+
+// RateLimit is the rate limit of one method.
+type RateLimit struct {
+	Rule     string        // as in Breaker
+	Shared   int           // 0: the method's own; else equal for all methods that share the state
+	Rate     float64       // calls per second
+	Burst    int           // tokens in a full bucket
+	MaxWait  time.Duration // 0: reject at once
+	External string        // name of the limiter that decides instead; the fields above but Rule are 0
+}
+
+func newRateLimit(r *resiliencev1.RateLimit, from *entry) *RateLimit {
+	if r.External != "" {
+		return &RateLimit{Rule: from.name, External: r.External}
+	}
+	return &RateLimit{
+		Rule:    from.name,
+		Shared:  shared(r.Scope, from),
+		Rate:    r.RequestsPerSecond,
+		Burst:   numberOr(r.Burst, int(math.Ceil(r.RequestsPerSecond))),
+		MaxWait: r.MaxWait.AsDuration(),
+	}
+}
+
+// Concurrency is the limit on calls in flight of one method.
+type Concurrency struct {
+	Rule         string        // as in Breaker
+	Shared       int           // as in RateLimit
+	MaxInFlight  int           // unary calls, with Shared also streams; 0: unlimited
+	MaxStreams   int           // 0: unlimited
+	MaxQueue     int           // 0: reject at once
+	MaxQueueWait time.Duration // 0: until the caller's deadline
+}
+
+func newConcurrency(c *resiliencev1.ConcurrencyLimit, from *entry) *Concurrency {
+	return &Concurrency{
+		Rule:         from.name,
+		Shared:       shared(c.Scope, from),
+		MaxInFlight:  numberOr(c.MaxInFlight, 0),
+		MaxStreams:   numberOr(c.MaxStreams, 0),
+		MaxQueue:     int(c.MaxQueue),
+		MaxQueueWait: c.MaxQueueWait.AsDuration(),
+	}
+}
+
+// Drain is how a server stops.
+type Drain struct {
+	Announce, Grace, Cut time.Duration
+	RejectNew            bool
+}
+
+// NewDrain fills in the defaults: 5s, 15s and 5s. A nil message is all defaults.
+func NewDrain(d *resiliencev1.Drain) Drain {
+	return Drain{
+		Announce:  durationOr(d.GetAnnounce(), 5*time.Second),
+		Grace:     durationOr(d.GetGrace(), 15*time.Second),
+		Cut:       durationOr(d.GetCut(), 5*time.Second),
+		RejectNew: d.GetRejectNew(),
+	}
+}
+
+// defaultSleepWindow is also the lower bound of max_sleep_window.
+const defaultSleepWindow = 5 * time.Second
+
+func shared(s resiliencev1.Scope, from *entry) int {
+	if s == resiliencev1.Scope_SCOPE_RULE {
+		return from.id
+	}
+	return 0
+}
+
+func durationOr(d *durationpb.Duration, unset time.Duration) time.Duration {
+	if d == nil {
+		return unset
+	}
+	return d.AsDuration()
+}
+
+func numberOr(n *uint32, unset int) int {
+	if n == nil {
+		return unset
+	}
+	return int(*n)
+}
