@@ -1,0 +1,204 @@
+// Package readme holds the code of the README and of docs/, so that it compiles
+// and runs, and checks that they show it as it stands here.
+package readme
+
+import (
+	"context"
+	"errors"
+	"log"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"testing/synctest"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/stats"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	shopv1 "github.com/grpc-resilience/grpc-resilience/examples/shop/v1"
+	"github.com/grpc-resilience/grpc-resilience/interceptors"
+	resiliencev1 "github.com/grpc-resilience/grpc-resilience/proto/resilience/v1"
+)
+
+const root = "../.."
+
+// TestGoBlocksCompile: each go block of the papers is in this file, line by line.
+func TestGoBlocksCompile(t *testing.T) {
+	source, err := os.ReadFile("readme_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	code := squeeze(string(source))
+	for _, block := range blocks(t, "go") {
+		if !strings.Contains(code, squeeze(block.text)) {
+			t.Errorf("%s: this go block does not stand in examples/readme/readme_test.go:\n%s", block.file, block.text)
+		}
+	}
+}
+
+// TestYAMLBlocksLoad: each yaml block of the papers is a policy that loads.
+func TestYAMLBlocksLoad(t *testing.T) {
+	for _, block := range blocks(t, "yaml") {
+		p, err := interceptors.Parse(block.file, []byte(block.text))
+		if err != nil {
+			t.Errorf("%v\n%s", err, block.text)
+			continue
+		}
+		guard, err := interceptors.New(p)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		if err := guard.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestEveryKeyIsDocumented: docs/policy.md has a row for each field of the schema.
+func TestEveryKeyIsDocumented(t *testing.T) {
+	doc, err := os.ReadFile(filepath.Join(root, "docs", "policy.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []protoreflect.Name{"MethodPolicy", "Breaker", "RateLimit", "ConcurrencyLimit", "Drain"} {
+		fields := resiliencev1.File_resilience_v1_policy_proto.Messages().ByName(name).Fields()
+		for i := range fields.Len() {
+			if row := "| `" + string(fields.Get(i).Name()) + "` |"; !strings.Contains(string(doc), row) {
+				t.Errorf("docs/policy.md has no row %q (%s)", row, name)
+			}
+		}
+	}
+}
+
+type block struct{ file, text string }
+
+var fence = regexp.MustCompile("(?ms)^```([a-z]*)\n(.*?)^```")
+
+// blocks returns the fenced blocks of a language in README.md and docs.
+func blocks(t *testing.T, language string) []block {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(root, "docs", "*.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var found []block
+	for _, file := range append(files, filepath.Join(root, "README.md")) {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range fence.FindAllStringSubmatch(string(text), -1) {
+			if m[1] == language {
+				found = append(found, block{filepath.Base(file), m[2]})
+			}
+		}
+	}
+	if len(found) == 0 {
+		t.Fatalf("no %s block found", language)
+	}
+	return found
+}
+
+var space = regexp.MustCompile(`\s+`)
+
+func squeeze(s string) string { return strings.TrimSpace(space.ReplaceAllString(s, " ")) }
+
+// What follows is shown in the papers.
+
+func fourLines(ctx context.Context, target string, creds grpc.DialOption, listener net.Listener) error {
+	guard, err := interceptors.Load("policy.yaml")                   // every mistake of the file, with line and column
+	conn, err := grpc.NewClient(target, guard.DialOptions(creds)...) // the client side
+	srv := grpc.NewServer(guard.ServerOptions()...)                  // the server side
+	err = guard.Serve(ctx, srv, listener)                            // until SIGTERM: drains, then returns
+	_ = conn
+	return err
+}
+
+func place(ctx context.Context, client shopv1.OrdersClient, order *shopv1.PlaceRequest) {
+	_, err := client.Place(ctx, order)
+	var rejected *interceptors.RejectedError
+	if errors.As(err, &rejected) {
+		log.Printf("%s says no (%s), again in %v", rejected.Rule, rejected.Reason, rejected.RetryAfter)
+	}
+	if errors.Is(err, interceptors.ErrBreakerOpen) {
+		// answer from a cache
+	}
+}
+
+func watch(guard *interceptors.Guard, stream shopv1.Orders_WatchServer, updates <-chan *shopv1.WatchResponse) error {
+	for {
+		select {
+		case update := <-updates:
+			if err := stream.Send(update); err != nil {
+				return err
+			}
+		case <-guard.Draining():
+			return nil // the client reconnects, elsewhere
+		case <-stream.Context().Done():
+			return stream.Context().Err()
+		}
+	}
+}
+
+func chain(guard *interceptors.Guard, tracing stats.Handler, accessLog, authenticate grpc.UnaryServerInterceptor) *grpc.Server {
+	srv := grpc.NewServer(append(
+		[]grpc.ServerOption{
+			grpc.StatsHandler(tracing),            // otelgrpc.NewServerHandler(): sees everything, wherever it stands
+			grpc.ChainUnaryInterceptor(accessLog), // outside: logs rejections and recovered panics too
+		},
+		guard.ServerOptions(
+			grpc.ChainUnaryInterceptor(authenticate), // inside: only for calls that were admitted
+		)...,
+	)...)
+	return srv
+}
+
+// failingShop fails every order.
+type failingShop struct {
+	shopv1.UnimplementedOrdersServer
+}
+
+func (failingShop) Place(context.Context, *shopv1.PlaceRequest) (*shopv1.PlaceResponse, error) {
+	return nil, status.Error(codes.Unavailable, "the warehouse is on fire")
+}
+
+func TestBreakerOpens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		guard, err := interceptors.Load("policy.yaml")
+		if err != nil {
+			t.Fatal(err)
+		}
+		listener := bufconn.Listen(1 << 20)
+		srv := grpc.NewServer(guard.ServerOptions()...)
+		shopv1.RegisterOrdersServer(srv, failingShop{})
+		go srv.Serve(listener)
+		defer srv.Stop()
+
+		conn, err := grpc.NewClient("passthrough:///shop", guard.DialOptions(
+			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return listener.DialContext(ctx) }),
+		)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		orders := shopv1.NewOrdersClient(conn)
+		for range 20 {
+			orders.Place(t.Context(), &shopv1.PlaceRequest{})
+		}
+		_, err = orders.Place(t.Context(), &shopv1.PlaceRequest{})
+		if !errors.Is(err, interceptors.ErrBreakerOpen) {
+			t.Errorf("got %v, want an open breaker", err)
+		}
+	})
+}
+
+var _, _, _, _ = fourLines, place, watch, chain // called by readers only

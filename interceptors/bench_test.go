@@ -1,0 +1,248 @@
+package interceptors_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/limiter"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/rpctest"
+)
+
+// hotGates is the policy of the speed budget: every gate, nothing that waits.
+const hotGates = `rules: [{methods: ['*'], breaker: {}, rate_limit: {requests_per_second: 10000000, burst: 10000000},
+	concurrency_limit: {max_in_flight: 1000000, max_streams: 1000000}}]`
+
+var hotPolicy = "{client: {" + hotGates + "}, server: {" + hotGates + "}}"
+
+// callOnce is a function that makes one guarded call of nothing.
+type callOnce func() error
+
+func noInvoke(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error {
+	return nil
+}
+
+func unaryClient(g *interceptors.Guard) callOnce {
+	intercept, ctx := g.UnaryClientInterceptor(), context.Background()
+	return func() error { return intercept(ctx, rpctest.Unary, nil, nil, nil, noInvoke) }
+}
+
+func unaryServer(g *interceptors.Guard) callOnce {
+	intercept, ctx := g.UnaryServerInterceptor(), context.Background()
+	info := &grpc.UnaryServerInfo{FullMethod: rpctest.Unary}
+	handler := func(context.Context, any) (any, error) { return nil, nil }
+	return func() error {
+		_, err := intercept(ctx, nil, info, handler)
+		return err
+	}
+}
+
+// endlessStream is a client stream whose messages are all there.
+type endlessStream struct{ grpc.ClientStream }
+
+func (endlessStream) RecvMsg(any) error { return nil }
+func (endlessStream) SendMsg(any) error { return nil }
+
+// endedStream is a client stream that has ended.
+type endedStream struct{ endlessStream }
+
+func (endedStream) RecvMsg(any) error { return io.EOF }
+
+func openStream(g *interceptors.Guard, s grpc.ClientStream) (grpc.ClientStream, error) {
+	streamer := func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+		return s, nil
+	}
+	return g.StreamClientInterceptor()(context.Background(), rpctest.StreamDesc(rpctest.Bidi), nil, rpctest.Bidi, streamer)
+}
+
+func streamClient(g *interceptors.Guard) callOnce {
+	var s grpc.ClientStream = endedStream{}
+	return func() error {
+		cs, err := openStream(g, s)
+		if err != nil {
+			return err
+		}
+		if err := cs.RecvMsg(nil); err != io.EOF {
+			return err
+		}
+		return nil
+	}
+}
+
+func streamServer(g *interceptors.Guard) callOnce {
+	intercept := g.StreamServerInterceptor()
+	info := &grpc.StreamServerInfo{FullMethod: rpctest.Bidi}
+	var ss grpc.ServerStream = fakeServerStream{ctx: context.Background()}
+	handler := func(any, grpc.ServerStream) error { return nil }
+	return func() error { return intercept(nil, ss, info, handler) }
+}
+
+// serialAndParallel measures a call in one goroutine, and in one for each CPU on
+// the same method.
+func serialAndParallel(b *testing.B, call callOnce) {
+	b.Run("serial", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if err := call(); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				if err := call(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	})
+}
+
+func BenchmarkUnaryClient(b *testing.B) {
+	serialAndParallel(b, unaryClient(mustGuard(b, hotPolicy)))
+}
+
+func BenchmarkUnaryServer(b *testing.B) {
+	serialAndParallel(b, unaryServer(mustGuard(b, hotPolicy)))
+}
+
+// A policy without a rule for the method: what a guard costs that does nothing.
+func BenchmarkUnaryClientWithoutRule(b *testing.B) {
+	serialAndParallel(b, unaryClient(mustGuard(b, "client: {rules: [{methods: [/other.v1.Service/Method], timeout: 1s}]}")))
+}
+
+// A timeout to set: one context.WithDeadline more.
+func BenchmarkUnaryClientWithTimeout(b *testing.B) {
+	policy := strings.Replace(hotPolicy, "breaker: {}", "timeout: 1h, breaker: {}", 1)
+	serialAndParallel(b, unaryClient(mustGuard(b, policy)))
+}
+
+func rejected(call callOnce) callOnce {
+	_ = call() // takes the only token
+	return func() error {
+		if err := call(); err == nil {
+			return io.ErrUnexpectedEOF
+		}
+		return nil
+	}
+}
+
+const oneToken = "rules: [{methods: ['*'], breaker: {}, rate_limit: {requests_per_second: 0.001, burst: 1}}]"
+
+func BenchmarkRejectedByClient(b *testing.B) {
+	serialAndParallel(b, rejected(unaryClient(mustGuard(b, "client: {"+oneToken+"}"))))
+}
+
+func BenchmarkRejectedByServer(b *testing.B) {
+	serialAndParallel(b, rejected(unaryServer(mustGuard(b, "server: {"+oneToken+"}"))))
+}
+
+func BenchmarkStreamClientOpenAndEnd(b *testing.B) {
+	serialAndParallel(b, streamClient(mustGuard(b, hotPolicy)))
+}
+
+func BenchmarkStreamServer(b *testing.B) {
+	serialAndParallel(b, streamServer(mustGuard(b, hotPolicy)))
+}
+
+func BenchmarkStreamClientMessage(b *testing.B) {
+	g := mustGuard(b, hotPolicy)
+	for name, open := range map[string]func() (grpc.ClientStream, error){
+		"bare":    func() (grpc.ClientStream, error) { return endlessStream{}, nil },
+		"guarded": func() (grpc.ClientStream, error) { return openStream(g, endlessStream{}) },
+	} {
+		b.Run(name, func(b *testing.B) {
+			s, err := open()
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := s.RecvMsg(nil); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkFloor is what no guard of this kind can be faster than: it has to
+// read the clock before and after the call, to find the method, and to count
+// four things. The counters are of each goroutine's own, or shared as those of
+// one method must be.
+func BenchmarkFloor(b *testing.B) {
+	epoch := time.Now()
+	methods := map[string]*[4]atomic.Uint64{rpctest.Unary: {}, rpctest.Other: {}}
+	var table atomic.Pointer[map[string]*[4]atomic.Uint64]
+	table.Store(&methods)
+	floor := func(own *[4]atomic.Uint64) time.Duration {
+		began := time.Since(epoch)
+		n := (*table.Load())[rpctest.Unary]
+		if own != nil {
+			n = own
+		}
+		for i := range n {
+			n[i].Add(1)
+		}
+		return time.Since(epoch) - began
+	}
+	b.Run("serial", func(b *testing.B) {
+		for b.Loop() {
+			floor(nil)
+		}
+	})
+	b.Run("parallel", func(b *testing.B) {
+		b.RunParallel(func(pb *testing.PB) {
+			own := new(struct {
+				counts [4]atomic.Uint64
+				_      [96]byte // alone on its cache lines
+			})
+			for pb.Next() {
+				floor(&own.counts)
+			}
+		})
+	})
+	b.Run("parallel, shared", func(b *testing.B) {
+		b.RunParallel(func(pb *testing.PB) {
+			for pb.Next() {
+				floor(nil)
+			}
+		})
+	})
+}
+
+// BenchmarkEngines is the three gates driven by hand, with the clock: what is
+// left for the interceptor is the difference.
+func BenchmarkEngines(b *testing.B) {
+	epoch := time.Now()
+	window := breaker.New(breaker.Config{
+		ErrorPercent: 50, RequestVolume: 20, Probes: 1,
+		Window: 10 * time.Second, SleepWindow: 5 * time.Second, Lease: 5 * time.Second,
+	}, nil)
+	bucket := limiter.NewBucket(1e7, 1e7, 0)
+	places := limiter.NewSemaphore(1e6, 0, 0)
+	refused := errors.New("refused")
+	serialAndParallel(b, func() error {
+		now := time.Since(epoch)
+		if _, ok := window.Ready(now); !ok || !bucket.Take(now) || !places.TryAcquire() {
+			return refused
+		}
+		ticket, _, ok := window.Acquire(now)
+		if !ok {
+			return refused
+		}
+		window.Done(ticket, time.Since(epoch), breaker.Success, false)
+		places.Release()
+		return nil
+	})
+}

@@ -1,0 +1,157 @@
+package interceptors
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
+	resiliencev1 "github.com/grpc-resilience/grpc-resilience/proto/resilience/v1"
+)
+
+// Guard enforces one policy on any number of gRPC clients and servers of a
+// process. Make it with Load or New; all methods are safe for concurrent use.
+//
+// A nil *Guard (the error of Load was ignored) protects nothing and says so:
+// calls through its options fail with FAILED_PRECONDITION, its other methods
+// return an error or do nothing.
+type Guard struct {
+	opts   *options
+	epoch  time.Time // the gates' time counts from here
+	client *side
+	server *side
+
+	recovers recovers
+	inflight inflight
+	drain    drain
+	metrics  *metrics
+	panics   atomic.Uint64
+
+	closed    atomic.Bool
+	closeOnce sync.Once
+	closeErr  error
+	contained sync.Map // names of callbacks whose panic has been logged
+}
+
+var (
+	errNilGuard = errors.New("interceptors: nil *Guard (was the error of Load or New ignored?)")
+	errClosed   = errors.New("interceptors: the guard is closed")
+)
+
+// Load reads the policy file at path and returns the guard that enforces it:
+// Parse and New. Every mistake of the file is in the error.
+func Load(path string, opts ...Option) (*Guard, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("interceptors: %w", err)
+	}
+	p, err := Parse(path, data)
+	if err != nil {
+		return nil, err
+	}
+	return New(p, opts...)
+}
+
+// Parse reads a policy from YAML that is embedded or generated; name stands for
+// the file name in messages. The error has one line for each mistake,
+// "name:line:col: path: what was found, what is allowed"; it unwraps to a list
+// (Unwrap() []error).
+func Parse(name string, yaml []byte) (*resiliencev1.Policy, error) {
+	return policy.Parse(name, yaml)
+}
+
+// New returns the guard that enforces a policy built in Go. The policy must not
+// be changed afterwards. The error lists every mistake of the policy and of the
+// options; an empty policy is fine: it recovers panics and drains.
+func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
+	o, err := newOptions(opts)
+	client, server := p.GetClient().GetRules(), p.GetServer().GetRules()
+	if err := errors.Join(policy.Validate(p), err, o.checkLimiters(Client, client), o.checkLimiters(Server, server)); err != nil {
+		return nil, err
+	}
+	g := &Guard{opts: o, epoch: time.Now()}
+	g.client = newSide(g, Client, policy.NewTable(client))
+	g.server = newSide(g, Server, policy.NewTable(server))
+	g.recovers = newRecovers(g)
+	g.drain.init(policy.NewDrain(p.GetServer().GetDrain()))
+	if g.metrics, err = newMetrics(g); err != nil {
+		return nil, fmt.Errorf("interceptors: metrics: %w", err)
+	}
+	return g, nil
+}
+
+// DialOptions returns what grpc.NewClient needs to put the guard around a
+// channel's calls, followed by extra. Ours come first, so the guard is outside
+// of interceptors in extra; to put something outside of the guard, put it
+// before.
+func (g *Guard) DialOptions(extra ...grpc.DialOption) []grpc.DialOption {
+	return append([]grpc.DialOption{
+		grpc.WithChainUnaryInterceptor(g.UnaryClientInterceptor()),
+		grpc.WithChainStreamInterceptor(g.StreamClientInterceptor()),
+	}, extra...)
+}
+
+// ServerOptions returns what grpc.NewServer needs to put the guard around a
+// server's calls, followed by extra. Ours come first, so the guard is outside
+// of interceptors in extra; to put something outside of the guard, put it
+// before. It also bounds the handshake of a connection to 5s
+// (grpc.ConnectionTimeout; its default of 120s lets one silent peer hold up a
+// drain for as long); extra may set another.
+func (g *Guard) ServerOptions(extra ...grpc.ServerOption) []grpc.ServerOption {
+	return append([]grpc.ServerOption{
+		grpc.ConnectionTimeout(handshakeTimeout),
+		grpc.ChainUnaryInterceptor(g.UnaryServerInterceptor()),
+		grpc.ChainStreamInterceptor(g.StreamServerInterceptor()),
+	}, extra...)
+}
+
+// Close ends what the guard started: its metrics are no longer collected (what
+// histograms and resilience.drain.aborted have recorded stays with the provider). Calls
+// through the guard go on and are still guarded; Serve and Shutdown refuse to
+// start. Closing again does nothing and returns the first result.
+func (g *Guard) Close() error {
+	if g == nil {
+		return errNilGuard
+	}
+	g.closeOnce.Do(func() {
+		g.closed.Store(true)
+		g.closeErr = g.metrics.close()
+	})
+	return g.closeErr
+}
+
+// usable returns why the guard cannot serve, nil if it can.
+func (g *Guard) usable() error {
+	switch {
+	case g == nil:
+		return errNilGuard
+	case g.closed.Load():
+		return errClosed
+	}
+	return nil
+}
+
+// now is the time that the gates see: monotonic, since the guard was made.
+func (g *Guard) now() time.Duration { return time.Since(g.epoch) }
+
+// contain runs a user's callback and keeps its panic from the call. The first
+// panic of each callback is logged with its stack; the logger may be the one.
+func (g *Guard) contain(name string, f func()) {
+	defer func() {
+		p := recover()
+		if p == nil {
+			return
+		}
+		if _, again := g.contained.LoadOrStore(name, true); !again {
+			defer func() { _ = recover() }()
+			g.opts.logger.Error("callback panicked (logged once)", "callback", name, "panic", p, "stack", string(debug.Stack()))
+		}
+	}()
+	f()
+}

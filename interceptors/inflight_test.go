@@ -1,0 +1,141 @@
+package interceptors
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"runtime"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/peer"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
+)
+
+// from is the context of a call by a peer.
+func from(host string) context.Context {
+	return peer.NewContext(context.Background(), &peer.Peer{Addr: &net.UnixAddr{Name: host}})
+}
+
+func TestInflightKnowsMethodAgeAndPeer(t *testing.T) {
+	var f inflight
+	search, place := "/shop.v1.Orders/Search", "/shop.v1.Orders/Place"
+	a := f.begin(from("a"), &search, 1*time.Second)
+	b := f.begin(from("b"), &place, 3*time.Second)
+	nobody := f.begin(context.Background(), &place, 4*time.Second)
+
+	want := []runningCall{{search, 9 * time.Second, "a"}, {place, 7 * time.Second, "b"}, {place, 6 * time.Second, "unknown"}}
+	check := func() {
+		t.Helper()
+		got := f.running(10 * time.Second)
+		slices.SortFunc(got, func(x, y runningCall) int { return int(y.age - x.age) })
+		if !slices.Equal(got, want) || f.count() != len(want) {
+			t.Errorf("%d running: %v, want %v", f.count(), got, want)
+		}
+	}
+	check()
+	a.end()
+	want = want[1:]
+	check()
+	c := f.begin(from("c"), &search, 5*time.Second) // perhaps in the record of a
+	want = append(want, runningCall{search, 5 * time.Second, "c"})
+	check()
+	b.end()
+	nobody.end()
+	c.end()
+	want = nil
+	check()
+}
+
+func TestInflightCostsNoAllocation(t *testing.T) {
+	var f inflight
+	ctx, method := from("a"), "/shop.v1.Orders/Place"
+	if n := testing.AllocsPerRun(1000, func() { f.begin(ctx, &method, 0).end() }); n != 0 {
+		t.Errorf("%v allocations for a call, want 0", n)
+	}
+}
+
+// Calls that come in waves, with the pool emptied by the collector in between,
+// must not make the list grow: it follows the highest wave.
+func TestInflightListIsBounded(t *testing.T) {
+	var f inflight
+	ctx, method := context.Background(), "/shop.v1.Orders/Place"
+	const wave = 1000
+	for range 20 {
+		calls := make([]*record, wave)
+		for i := range calls {
+			calls[i] = f.begin(ctx, &method, 0)
+		}
+		if got := f.count(); got != wave {
+			t.Fatalf("%d calls are known, want %d", got, wave)
+		}
+		for _, r := range calls {
+			r.end()
+		}
+		clear(calls)
+		runtime.GC() // what was in the pool becomes its victim,
+		runtime.GC() // which is dropped
+	}
+	if got := len(f.all); got > 3*wave {
+		t.Errorf("the list has %d records after waves of %d calls", got, wave)
+	}
+}
+
+// Records are reused by other goroutines while a drain reads them: under the
+// race detector, a field that is not atomic shows here.
+func TestInflightIsSafeForConcurrentUse(t *testing.T) {
+	var f inflight
+	methods := make([]string, 16)
+	for i := range methods {
+		methods[i] = fmt.Sprintf("/shop.v1.Orders/M%d", i)
+	}
+	var calls, reader sync.WaitGroup
+	done := make(chan struct{})
+	for i := range 8 {
+		calls.Go(func() {
+			ctx := from(fmt.Sprint(i))
+			for range 2000 {
+				a := f.begin(ctx, &methods[rand.IntN(len(methods))], time.Duration(i))
+				b := f.begin(ctx, &methods[rand.IntN(len(methods))], time.Duration(i))
+				a.end()
+				b.end()
+			}
+		})
+	}
+	reader.Go(func() {
+		for {
+			for _, c := range f.running(time.Second) {
+				if !slices.Contains(methods, c.method) || c.peer == "unknown" || c.age > time.Second {
+					t.Errorf("a call that never was: %+v", c)
+				}
+			}
+			select {
+			case <-done:
+				return
+			default:
+				runtime.Gosched()
+			}
+		}
+	})
+	calls.Wait()
+	close(done)
+	reader.Wait()
+	if n := f.count(); n != 0 {
+		t.Errorf("%d calls are still known after all have ended", n)
+	}
+}
+
+func TestDrainForgetsWatchesThatHaveEnded(t *testing.T) {
+	var d drain
+	d.init(policy.Drain{})
+	for range 3 {
+		d.unwatch(d.watch(nil))
+	}
+	if len(d.watches) != 0 {
+		t.Errorf("%d watches are kept", len(d.watches))
+	}
+}

@@ -1,0 +1,198 @@
+package interceptors
+
+import (
+	"context"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
+)
+
+// scopeName is the module path, as OpenTelemetry asks for.
+const scopeName = "github.com/grpc-resilience/grpc-resilience"
+
+// metrics holds the few instruments that are written as things happen. All
+// others are read from the gates' own counters when they are collected, so a
+// call pays nothing for them.
+type metrics struct {
+	wait          metric.Float64Histogram
+	drainDuration metric.Float64Histogram
+	drainAborted  metric.Int64Counter
+	registration  metric.Registration
+}
+
+// observed are the instruments that the collection callback fills.
+type observed struct {
+	decisions, transitions, calls, panics      metric.Int64ObservableCounter
+	state, limit, inflight, queued, drainCalls metric.Int64ObservableUpDownCounter
+	available                                  metric.Float64ObservableGauge
+}
+
+// builder makes instruments and keeps the first error.
+type builder struct {
+	metric.Meter
+	err error
+}
+
+func (b *builder) counter(name, unit, description string) metric.Int64ObservableCounter {
+	c, err := b.Int64ObservableCounter(name, metric.WithUnit(unit), metric.WithDescription(description))
+	b.note(err)
+	return c
+}
+
+func (b *builder) upDown(name, unit, description string) metric.Int64ObservableUpDownCounter {
+	c, err := b.Int64ObservableUpDownCounter(name, metric.WithUnit(unit), metric.WithDescription(description))
+	b.note(err)
+	return c
+}
+
+func (b *builder) seconds(name, description string, bounds ...float64) metric.Float64Histogram {
+	h, err := b.Float64Histogram(name, metric.WithUnit("s"), metric.WithDescription(description), metric.WithExplicitBucketBoundaries(bounds...))
+	b.note(err)
+	return h
+}
+
+func (b *builder) note(err error) {
+	if b.err == nil {
+		b.err = err
+	}
+}
+
+func newMetrics(g *Guard) (*metrics, error) {
+	b := &builder{Meter: g.opts.meter.Meter(scopeName)}
+	m := &metrics{
+		wait: b.seconds("resilience.wait.duration", "Time that calls waited for a token or a place.",
+			0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+		drainDuration: b.seconds("resilience.drain.duration", "Time that drains took.",
+			0.1, 0.5, 1, 2.5, 5, 10, 15, 20, 25, 30, 60, 300),
+	}
+	var err error
+	m.drainAborted, err = b.Int64Counter("resilience.drain.aborted", metric.WithUnit("{call}"), metric.WithDescription("Calls that a drain cut."))
+	b.note(err)
+	o := observed{
+		decisions:   b.counter("resilience.decisions", "{call}", "Calls admitted and rejected, by the gate that decided."),
+		transitions: b.counter("resilience.breaker.transitions", "{transition}", "Changes of state of circuit breakers."),
+		calls:       b.counter("resilience.breaker.calls", "{call}", "Admitted calls of methods with a breaker, by outcome."),
+		panics:      b.counter("resilience.panics", "{panic}", "Recovered panics of handlers."),
+		state:       b.upDown("resilience.breaker.state", "1", "1 for the state that the breaker is in, 0 for the others."),
+		limit:       b.upDown("resilience.concurrency.limit", "{call}", "Places for unary calls."),
+		inflight:    b.upDown("resilience.concurrency.inflight", "{call}", "Calls and streams that hold a place."),
+		queued:      b.upDown("resilience.concurrency.queued", "{call}", "Calls that wait for a place."),
+		drainCalls:  b.upDown("resilience.drain.inflight", "{call}", "Calls being handled while the server drains."),
+	}
+	o.available, err = b.Float64ObservableGauge("resilience.rate.available", metric.WithUnit("{token}"), metric.WithDescription("Tokens that can be taken at once."))
+	b.note(err)
+	if b.err != nil {
+		return nil, b.err
+	}
+	m.registration, err = b.RegisterCallback(func(_ context.Context, to metric.Observer) error {
+		g.observe(to, &o)
+		return nil
+	}, o.decisions, o.transitions, o.calls, o.panics, o.state, o.limit, o.inflight, o.queued, o.drainCalls, o.available)
+	return m, err
+}
+
+func (m *metrics) close() error { return m.registration.Unregister() }
+
+// waited records a call's time in a queue; calls that did not wait are not in it.
+func (m *metrics) waited(gt *gates, kind string, d time.Duration) {
+	m.wait.Record(context.Background(), d.Seconds(), metric.WithAttributes(append(gt.attributes(), attribute.String("kind", kind))...))
+}
+
+func (m *metrics) drained(d time.Duration) {
+	m.drainDuration.Record(context.Background(), d.Seconds(), ofServer)
+}
+
+func (m *metrics) aborted(calls int) {
+	m.drainAborted.Add(context.Background(), int64(calls), ofServer)
+}
+
+// system is in the attributes of every instrument.
+var system = attribute.String("rpc.system.name", "grpc")
+
+// ofServer are the attributes of what is not counted by method.
+var ofServer = metric.WithAttributeSet(attribute.NewSet(system, attribute.String("side", Server.String())))
+
+func (m *gates) attributes() []attribute.KeyValue {
+	attrs := []attribute.KeyValue{
+		system,
+		attribute.String("rpc.method", strings.TrimPrefix(m.method, "/")),
+		attribute.String("side", m.side.String()),
+	}
+	if m.side == Client {
+		attrs = append(attrs, attribute.String("resilience.target", m.target))
+	}
+	return attrs
+}
+
+// observe reads every gate's counters.
+func (g *Guard) observe(to metric.Observer, o *observed) {
+	now := g.now()
+	to.ObserveInt64(o.panics, int64(g.panics.Load()), ofServer)
+	draining := 0
+	if p := g.drain.phase(); p > serving && p < stopped {
+		draining = g.inflight.count()
+	}
+	to.ObserveInt64(o.drainCalls, int64(draining), ofServer)
+	for _, m := range g.states() {
+		m.observe(to, o, now)
+	}
+}
+
+func (m *gates) observe(to metric.Observer, o *observed, now time.Duration) {
+	common := m.attributes()
+	attrs := func(more ...attribute.KeyValue) metric.MeasurementOption {
+		return metric.WithAttributes(append(common[:len(common):len(common)], more...)...)
+	}
+	s := m.snapshot(now)
+	to.ObserveInt64(o.decisions, int64(s.Counts.Admitted), attrs(attribute.String("kind", "all"), attribute.String("outcome", "admitted")))
+	for _, r := range reasons {
+		if n := s.Counts.Rejected[r.reason]; n > 0 {
+			to.ObserveInt64(o.decisions, int64(n), attrs(attribute.String("kind", r.kind), attribute.String("outcome", "rejected"), attribute.String("reason", string(r.reason))))
+		}
+	}
+	if b := s.Breaker; b != nil {
+		for _, state := range []breaker.State{breaker.Closed, breaker.Open, breaker.HalfOpen} {
+			is := int64(0)
+			if b.State == state.String() {
+				is = 1
+			}
+			to.ObserveInt64(o.state, is, attrs(attribute.String("state", state.String())))
+		}
+		for out := Success; out <= Dropped; out++ {
+			to.ObserveInt64(o.calls, int64(m.counts.outcomes[out].Load()), attrs(attribute.String("result", out.String())))
+		}
+		for i, t := range changes {
+			to.ObserveInt64(o.transitions, int64(m.counts.transitions[i].Load()), attrs(
+				attribute.String("from", t.From.String()), attribute.String("to", t.To.String()), attribute.String("cause", t.Cause.String())))
+		}
+	}
+	if r := s.RateLimit; r != nil {
+		to.ObserveFloat64(o.available, r.Available, attrs())
+	}
+	if l := s.ConcurrencyLimit; l != nil {
+		if l.Limit > 0 {
+			to.ObserveInt64(o.limit, int64(l.Limit), attrs())
+		}
+		to.ObserveInt64(o.inflight, int64(l.InFlight+l.Streams), attrs())
+		to.ObserveInt64(o.queued, int64(l.Queued), attrs())
+	}
+}
+
+// changes are the transitions that a breaker can make, by their cause.
+var changes = [...]breaker.Transition{
+	breaker.ErrorPercent: {From: breaker.Closed, To: breaker.Open, Cause: breaker.ErrorPercent},
+	breaker.SlowCalls:    {From: breaker.Closed, To: breaker.Open, Cause: breaker.SlowCalls},
+	breaker.SleepWindow:  {From: breaker.Open, To: breaker.HalfOpen, Cause: breaker.SleepWindow},
+	breaker.ProbeSuccess: {From: breaker.HalfOpen, To: breaker.Closed, Cause: breaker.ProbeSuccess},
+	breaker.ProbeFailure: {From: breaker.HalfOpen, To: breaker.Open, Cause: breaker.ProbeFailure},
+}
+
+// transitions counts the changes of a breaker's state.
+type transitions [len(changes)]atomic.Uint64
+
+func (c *transitions) add(t breaker.Transition) { c[t.Cause].Add(1) }

@@ -1,0 +1,286 @@
+package interceptors_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/rpctest"
+)
+
+func TestDrainFromAHandler(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r *running
+		r = serveDrain(t, drainPolicy, bothKinds(func(context.Context, string) error {
+			r.guard.Drain()
+			r.guard.Drain()
+			return nil
+		}))
+		for _, a := range arms[2:] {
+			if err := a.call(t.Context(), r.conn, "drain"); err != nil {
+				t.Errorf("%s: %v", a.name, err)
+			}
+		}
+		r.guard.Drain()
+		r.end(t, 5*time.Second)
+	})
+}
+
+func TestDrainBeforeServe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, drainPolicy, interceptors.WithSignals())
+		g.Drain()
+		if isClosed(g.Draining()) {
+			t.Error("Draining is closed before the grace phase")
+		}
+		r := &running{guard: g, srv: rpctest.NewServer(&rpctest.Service{}, g.ServerOptions()...), lis: rpctest.Listen()}
+		r.serve(t)
+		if err := arms[2].call(t.Context(), r.conn, "new"); err != nil {
+			t.Errorf("a call in announce: %v", err)
+		}
+		r.end(t, 5*time.Second)
+	})
+}
+
+func TestServeWithAnEndedContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, drainPolicy, interceptors.WithSignals())
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		began := time.Now()
+		if err := g.Serve(ctx, grpc.NewServer(g.ServerOptions()...), rpctest.Listen()); err != nil || time.Since(began) != 5*time.Second {
+			t.Errorf("Serve returned %v after %v", err, time.Since(began))
+		}
+	})
+}
+
+func TestOneDrainForAllServersOfAGuard(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := serveDrain(t, drainPolicy, stuck())
+		admin := &running{guard: r.guard, srv: rpctest.NewServer(&rpctest.Service{}, r.guard.ServerOptions()...), lis: rpctest.Listen()}
+		admin.serve(t)
+		call := hold(t, arms[2], r.conn)
+		admin.stop()
+		if took, err := admin.wait(); err != nil || took != 5*time.Second {
+			t.Errorf("the idle server: %v after %v", err, took)
+		}
+		if took, err := r.wait(); err == nil || took != 15*time.Second {
+			t.Errorf("the busy server: %v, %v later", err, took)
+		}
+		<-call
+
+		lis := rpctest.Listen()
+		err := r.guard.Serve(t.Context(), grpc.NewServer(), lis)
+		wantServeError(t, err, lis, "the guard has drained")
+	})
+}
+
+func TestCase34_ServeTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := serveDrain(t, drainPolicy, &rpctest.Service{})
+		synctest.Wait()
+		again := &running{guard: r.guard, srv: r.srv, lis: rpctest.Listen()}
+		again.serve(t)
+		for _, conn := range []*grpc.ClientConn{r.conn, again.conn} {
+			if err := arms[2].call(t.Context(), conn, "new"); err != nil {
+				t.Error(err)
+			}
+		}
+		r.stop()
+		r.end(t, 5*time.Second)
+		again.end(t, 0)
+	})
+}
+
+func TestAListenerOfAnotherServerFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := serveDrain(t, drainPolicy, &rpctest.Service{})
+		admin := &running{guard: r.guard, srv: rpctest.NewServer(&rpctest.Service{}, r.guard.ServerOptions()...), lis: rpctest.Listen()}
+		admin.serve(t)
+		synctest.Wait()
+		_ = admin.lis.Close()
+		if took, err := admin.wait(); err == nil || took != 0 {
+			t.Errorf("the server without a listener: %v after %v", err, took)
+		}
+		if err := arms[2].call(t.Context(), r.conn, "new"); err != nil {
+			t.Errorf("a call of the other server: %v", err)
+		}
+		r.end(t, 5*time.Second)
+	})
+}
+
+// wantServeError checks that Serve failed as told and closed its listener.
+func wantServeError(t *testing.T, err error, lis *bufconn.Listener, want string) {
+	t.Helper()
+	if err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("Serve returned %v, want %q", err, want)
+	}
+	if lis != nil {
+		if _, err := lis.Dial(); err == nil {
+			t.Error("the listener is open")
+		}
+	}
+}
+
+func TestServeRefusesBadInput(t *testing.T) {
+	guard := mustGuard(t, drainPolicy)
+	closed := mustGuard(t, drainPolicy)
+	if err := closed.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct {
+		guard *interceptors.Guard
+		srv   *grpc.Server
+		want  string
+	}{
+		"nil guard":    {nil, grpc.NewServer(), "nil *Guard"},
+		"closed guard": {closed, grpc.NewServer(), "the guard is closed"},
+		"nil server":   {guard, nil, "the server is nil"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			lis := rpctest.Listen()
+			wantServeError(t, c.guard.Serve(t.Context(), c.srv, lis, nil), lis, c.want)
+			if err := c.guard.Shutdown(t.Context(), c.srv); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("Shutdown returned %v, want %q", err, c.want)
+			}
+		})
+	}
+	t.Run("no listener", func(t *testing.T) {
+		wantServeError(t, guard.Serve(t.Context(), grpc.NewServer()), nil, "no listener was given")
+	})
+	t.Run("nil listener", func(t *testing.T) {
+		lis := rpctest.Listen()
+		wantServeError(t, guard.Serve(t.Context(), grpc.NewServer(), lis, nil), lis, "a listener is nil")
+	})
+	if got := phaseOf(guard); got != "serving" {
+		t.Errorf("what was refused changed the phase to %s", got)
+	}
+}
+
+func TestServeFindsRulesForMethodsThatTheServerLacks(t *testing.T) {
+	g := mustGuard(t, `server: {drain: {announce: 0s}, rules: [{timeout: 1s, methods: [
+		'/test.v1.Test/Unary', '/test.v1.Test/Bidi', '/grpc.health.v1.Health/Check', '/other.v1.Other/*',
+		'/test.v1.Test/Unari', '/grpc.health.v1.Health/Czech', '/test.v2.Test/Unary']}]}`)
+	g.Drain() // so that a Serve which finds nothing ends too
+	lis := rpctest.Listen()
+	err := g.Serve(t.Context(), rpctest.NewServer(&rpctest.Service{}, g.ServerOptions()...), lis)
+	wantServeError(t, err, lis, "the server has no method /grpc.health.v1.Health/Czech\n"+
+		"interceptors: server.rules: the server has no method /test.v1.Test/Unari\n"+
+		"interceptors: server.rules: the server has no method /test.v2.Test/Unary")
+	if err != nil && strings.Count(err.Error(), "\n") != 2 {
+		t.Errorf("more was found than is wrong:\n%v", err)
+	}
+}
+
+func TestAListenerFails(t *testing.T) {
+	for name, c := range map[string]struct {
+		spare bool          // another listener goes on
+		after time.Duration // when the drain is over
+	}{
+		"the only one":   {false, 3 * time.Second},
+		"one of the two": {true, 8 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := mustGuard(t, drainPolicy, interceptors.WithSignals())
+				srv := rpctest.NewServer(bothKinds(func(context.Context, string) error {
+					time.Sleep(8 * time.Second)
+					return nil
+				}), g.ServerOptions()...)
+				failing, spare := rpctest.Listen(), rpctest.Listen()
+				all := []net.Listener{failing}
+				if c.spare {
+					all = append(all, spare)
+				}
+				served := make(chan error, 1)
+				go func() { served <- g.Serve(t.Context(), srv, all...) }()
+				call := hold(t, arms[2], rpctest.Dial(t, failing))
+
+				time.Sleep(5 * time.Second)
+				began := time.Now()
+				_ = failing.Close()
+				synctest.Wait()
+				if c.spare {
+					if err := arms[2].call(t.Context(), rpctest.Dial(t, spare), "new"); err != nil {
+						t.Errorf("a call by way of the other listener: %v", err)
+					}
+				}
+				err := <-served
+				if took := time.Since(began); err == nil || err.Error() != "closed" || took != c.after {
+					t.Errorf("Serve returned %v after %v, want the listener's error after %v", err, took, c.after)
+				}
+				if err := <-call; err != nil {
+					t.Errorf("the call in flight: %v", err)
+				}
+				checkIdle(t, g)
+			})
+		})
+	}
+}
+
+func TestCase37_AListenerThatFailsDuringTheDrain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, drainPolicy, interceptors.WithSignals())
+		srv := rpctest.NewServer(&rpctest.Service{}, g.ServerOptions()...)
+		failing, spare := rpctest.Listen(), rpctest.Listen()
+		served := make(chan error, 1)
+		go func() { served <- g.Serve(t.Context(), srv, failing, spare) }()
+		g.Drain()
+		synctest.Wait()
+		began := time.Now()
+		_ = failing.Close()
+		if err := <-served; err == nil || err.Error() != "closed" || time.Since(began) != 5*time.Second {
+			t.Errorf("Serve returned %v after %v, want the listener's error after 5s", err, time.Since(began))
+		}
+	})
+}
+
+func TestTheServerIsStoppedBySomebodyElse(t *testing.T) {
+	for name, c := range map[string]struct {
+		before bool // Serve is called
+		want   error
+	}{
+		"while it serves":  {false, nil},
+		"before it serves": {true, grpc.ErrServerStopped},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := mustGuard(t, drainPolicy, interceptors.WithSignals())
+				srv := grpc.NewServer(g.ServerOptions()...)
+				if c.before {
+					srv.Stop()
+				}
+				served := make(chan error, 1)
+				go func() { served <- g.Serve(t.Context(), srv, rpctest.Listen(), rpctest.Listen()) }()
+				synctest.Wait()
+				began := time.Now()
+				srv.Stop()
+				if err := <-served; !errors.Is(err, c.want) || time.Since(began) != 0 {
+					t.Errorf("Serve returned %v after %v, want %v at once", err, time.Since(began), c.want)
+				}
+			})
+		})
+	}
+}
+
+func TestCase31_SilentConnection(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := serveDrain(t, drainPolicy, stuck())
+		call := hold(t, arms[3], r.conn)
+		r.stop()
+		time.Sleep(5*time.Second - 1)
+		r.silence(t)
+		if took, err := r.wait(); err == nil || took != 15*time.Second+1 {
+			t.Errorf("Serve returned %v after %v, want the cut of the stream after 15s", err, took)
+		}
+		<-call
+	})
+}

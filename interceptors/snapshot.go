@@ -1,0 +1,154 @@
+package interceptors
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+// Snapshot is the state of a guard at one time: each gate's values belong
+// together, different gates are read one after the other. It marshals to JSON.
+type Snapshot struct {
+	Methods []MethodSnapshot `json:"methods"` // sorted by side, target, method; those that were called
+	Drain   DrainSnapshot    `json:"drain"`
+	Panics  uint64           `json:"panics"` // recovered since the guard was made, Goexit included
+}
+
+// MethodSnapshot is the state of one method's gates. A gate that the method does
+// not have is nil.
+type MethodSnapshot struct {
+	Side             Side                      `json:"side"`
+	Target           string                    `json:"target"` // canonical; "" on the server
+	Method           string                    `json:"method"` // "_OTHER": the methods beyond the cap, together
+	Breaker          *BreakerSnapshot          `json:"breaker,omitempty"`
+	RateLimit        *RateLimitSnapshot        `json:"rate_limit,omitempty"` // nil for an external limiter too
+	ConcurrencyLimit *ConcurrencyLimitSnapshot `json:"concurrency_limit,omitempty"`
+	Counts           CountsSnapshot            `json:"counts"`
+}
+
+// BreakerSnapshot is the state of a circuit breaker.
+type BreakerSnapshot struct {
+	Engine     string  `json:"engine"`              // "window"
+	State      string  `json:"state"`               // "closed", "open" or "half_open"
+	Requests   uint64  `json:"requests"`            // in the window
+	Failures   uint64  `json:"failures"`            // in the window
+	RetryAfter float64 `json:"retry_after_seconds"` // until an open breaker lets a probe through
+}
+
+// RateLimitSnapshot is the state of a rate limit.
+type RateLimitSnapshot struct {
+	Rate      float64 `json:"requests_per_second"`
+	Available float64 `json:"available"` // tokens
+	Waiting   int     `json:"waiting"`   // calls in the queue
+}
+
+// ConcurrencyLimitSnapshot is the state of a concurrency limit. With scope rule
+// the values are those of all methods that share it, and unary calls and streams
+// are counted together, in InFlight.
+type ConcurrencyLimitSnapshot struct {
+	Limit    int `json:"limit"`     // max_in_flight; 0: unlimited
+	InFlight int `json:"in_flight"` // unary calls
+	Streams  int `json:"streams"`
+	Queued   int `json:"queued"`
+}
+
+// CountsSnapshot are totals since the method was first called. Calls in flight
+// are Admitted less the four outcomes. A call whose context had ended before it
+// was admitted is in none.
+type CountsSnapshot struct {
+	Admitted    uint64            `json:"admitted"`
+	Rejected    map[Reason]uint64 `json:"rejected"`     // without zeros
+	WouldReject map[Reason]uint64 `json:"would_reject"` // without zeros
+	Success     uint64            `json:"success"`
+	Failure     uint64            `json:"failure"`
+	Neutral     uint64            `json:"neutral"`
+	Dropped     uint64            `json:"dropped"`
+}
+
+// DrainSnapshot is how far a drain has come.
+type DrainSnapshot struct {
+	Phase    string `json:"phase"`     // "serving", "announce", "grace", "cut" or "stopped"
+	InFlight int    `json:"in_flight"` // calls being handled by the guard's servers
+}
+
+// MarshalText returns "client" or "server".
+func (s Side) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// Snapshot returns the state of every method that was called, and of the drain.
+// It takes no lock that a call waits for, but it is not free: for people and
+// dashboards, not for the path of a call. On a nil guard it is empty.
+func (g *Guard) Snapshot() Snapshot {
+	if g == nil {
+		return Snapshot{}
+	}
+	s := Snapshot{
+		Methods: []MethodSnapshot{},
+		Drain:   DrainSnapshot{Phase: g.drain.phase().String(), InFlight: g.inflight.count()},
+		Panics:  g.panics.Load(),
+	}
+	now := g.now()
+	for _, m := range g.states() {
+		s.Methods = append(s.Methods, m.snapshot(now))
+	}
+	slices.SortStableFunc(s.Methods, func(a, b MethodSnapshot) int {
+		return cmp.Or(cmp.Compare(a.Side, b.Side), cmp.Compare(a.Target, b.Target), cmp.Compare(a.Method, b.Method))
+	})
+	return s
+}
+
+// states returns the gates of both sides, in no order.
+func (g *Guard) states() []*gates {
+	var all []*gates
+	for _, s := range []*side{g.client, g.server} {
+		s.mu.Lock()
+		seen := map[*target]bool{} // one target may be known under several names
+		for _, t := range *s.targets.Load() {
+			if !seen[t] {
+				seen[t] = true
+				all = append(all, t.allLocked()...)
+			}
+		}
+		s.mu.Unlock()
+	}
+	return all
+}
+
+func (m *gates) snapshot(now time.Duration) MethodSnapshot {
+	s := MethodSnapshot{Side: m.side, Target: m.target, Method: m.method, Counts: m.counts.snapshot()}
+	if m.breaker != nil {
+		st := m.breaker.Stats(now)
+		s.Breaker = &BreakerSnapshot{
+			Engine: "window", State: st.State.String(),
+			Requests: uint64(st.Requests), Failures: uint64(st.Failures), RetryAfter: st.RetryAfter.Seconds(),
+		}
+	}
+	if m.rate != nil {
+		available, waiting := m.rate.Stats(now)
+		s.RateLimit = &RateLimitSnapshot{Rate: m.policy.RateLimit.Rate, Available: available, Waiting: waiting}
+	}
+	if m.unary != nil {
+		l := &ConcurrencyLimitSnapshot{Limit: m.policy.Concurrency.MaxInFlight}
+		l.InFlight, l.Queued = m.unary.Stats()
+		if m.stream != m.unary {
+			streams, queued := m.stream.Stats()
+			l.Streams, l.Queued = streams, l.Queued+queued
+		}
+		s.ConcurrencyLimit = l
+	}
+	return s
+}
+
+// snapshot reads outcomes before admissions, so that no call has ended that was
+// not admitted.
+func (c *counts) snapshot() CountsSnapshot {
+	s := CountsSnapshot{Rejected: map[Reason]uint64{}, WouldReject: map[Reason]uint64{}}
+	s.Success, s.Failure = c.outcomes[Success].Load(), c.outcomes[Failure].Load()
+	s.Neutral, s.Dropped = c.outcomes[Neutral].Load(), c.outcomes[Dropped].Load()
+	s.Admitted = c.admitted.Load()
+	for i := range c.rejected {
+		if n := c.rejected[i].Load(); n > 0 {
+			s.Rejected[reasons[i].reason] = n
+		}
+	}
+	return s
+}

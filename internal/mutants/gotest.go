@@ -1,0 +1,107 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// report is what one `go test` did.
+type report struct {
+	ran      int    // tests started
+	failed   string // what failed first: a test, else a package; empty: nothing
+	timedOut bool
+	output   string // what that or the compiler printed, shortened
+}
+
+// event is a line of `go test -json`, see `go doc test2json` and `go help buildjson`.
+type event struct {
+	Action      string
+	Package     string
+	Test        string
+	Output      string
+	FailedBuild string
+}
+
+// goTest runs the tests of packages in a module. A non-nil error means that
+// they could not be built or started, so that nothing is known about the code.
+func goTest(ctx context.Context, dir string, timeout time.Duration, args ...string) (report, error) {
+	args = append([]string{"test", "-json", "-vet=off", "-timeout=" + timeout.String()}, args...)
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir = dir
+	// go test passes an interrupt on to the tests, a kill would orphan them.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 10 * time.Second
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	stdout, runErr := cmd.Output()
+
+	var (
+		r          report
+		outputs    = map[string]string{} // by test; "": the packages and the compiler
+		failedTest string
+		broken     bool
+	)
+	decoder := json.NewDecoder(bytes.NewReader(stdout))
+	for {
+		var e event
+		if err := decoder.Decode(&e); err != nil {
+			if !errors.Is(err, io.EOF) {
+				return report{}, fmt.Errorf("go %s: %w\n%s%s", strings.Join(args, " "), err, stdout, stderr.Bytes())
+			}
+			break
+		}
+		outputs[e.Test] += e.Output
+		switch {
+		case e.FailedBuild != "" || e.Action == "build-fail":
+			broken = true
+		case e.Action == "run":
+			r.ran++
+		case e.Action == "fail" && r.failed == "":
+			r.failed = cmp.Or(e.Test, e.Package)
+			failedTest = e.Test
+		}
+		r.timedOut = r.timedOut || strings.HasPrefix(e.Output, "panic: test timed out after ")
+	}
+	r.output = head(outputs[failedTest])
+	switch {
+	case ctx.Err() != nil:
+		return report{}, context.Cause(ctx)
+	case broken:
+		return report{}, fmt.Errorf("does not build: %w\n%s%s", runErr, r.output, stderr.Bytes())
+	case runErr != nil && r.failed == "":
+		return report{}, fmt.Errorf("go test does not start: %w\n%s%s", runErr, r.output, stderr.Bytes())
+	}
+	return r, nil
+}
+
+// head returns the first lines of a text: a test that timed out prints every
+// goroutine.
+func head(text string) string {
+	const most = 60
+	lines := strings.SplitAfterN(text, "\n", most+1)
+	if len(lines) > most {
+		lines[most] = "...\n"
+	}
+	return strings.Join(lines, "")
+}
+
+// writeOverlay makes the folder's overlay.json, with which the go command reads
+// text instead of file, and returns its path.
+func writeOverlay(folder, file string, text []byte) (string, error) {
+	copied, overlay := filepath.Join(folder, "mutant.go"), filepath.Join(folder, "overlay.json")
+	replace, err := json.Marshal(map[string]map[string]string{"Replace": {file: copied}})
+	if err != nil {
+		return "", err
+	}
+	return overlay, errors.Join(os.WriteFile(copied, text, 0o600), os.WriteFile(overlay, replace, 0o600))
+}

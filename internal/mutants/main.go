@@ -1,0 +1,222 @@
+// Command mutants proves that the tests notice mistakes. It applies the one-line
+// mistakes of mutants.txt, which explains their format, one at a time and
+// expects a test to fail. Run it from the root of the repository:
+//
+//	go run ./internal/mutants [-only REGEXP]
+//
+// It changes no file: the go command reads the mutants from an overlay.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"text/tabwriter"
+	"time"
+)
+
+// parallel is how many `go test` run at once.
+const parallel = 2
+
+func main() {
+	only := flag.String("only", "", "apply only the mutants whose name matches this `regexp`")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, *only)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "mutants:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, only string) error {
+	root, err := os.Getwd()
+	if err != nil {
+		return err
+	}
+	wanted, err := regexp.Compile(only)
+	if err != nil {
+		return fmt.Errorf("-only: %w", err)
+	}
+	list, err := os.Open(filepath.Join(root, "internal", "mutants", "mutants.txt"))
+	if err != nil {
+		return fmt.Errorf("not in the root of the repository? %w", err)
+	}
+	mutants, err := parse(list)
+	if err := errors.Join(err, list.Close()); err != nil {
+		return fmt.Errorf("%s:\n%w", list.Name(), err)
+	}
+	mutants = slices.DeleteFunc(mutants, func(m mutant) bool { return !wanted.MatchString(m.name) })
+	if len(mutants) == 0 {
+		return errors.New("no mutant to apply")
+	}
+	return apply(ctx, os.Stdout, root, time.Minute, mutants)
+}
+
+// result is what became of one mutant.
+type result struct {
+	verdict string // killed, timed out (killed too), SURVIVED or ERROR
+	by      string // the test that killed it
+	took    time.Duration
+	err     error
+}
+
+// apply checks that the tests pass, applies each mutant and prints what became
+// of it. Its error says why not all of them were killed.
+func apply(ctx context.Context, out io.Writer, root string, timeout time.Duration, mutants []mutant) error {
+	texts := make([][]byte, len(mutants))
+	var errs []error
+	for i, m := range mutants {
+		text, err := m.apply(root)
+		texts[i], errs = text, append(errs, err)
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("the list does not fit the code:\n%w", err)
+	}
+	if err := checkUnmutated(ctx, out, root, timeout, mutants); err != nil {
+		return err
+	}
+	temp, err := os.MkdirTemp("", "mutants")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(temp)
+
+	results := make([]result, len(mutants))
+	var (
+		mu   sync.Mutex // guards done and out
+		done int
+	)
+	inParallel(len(mutants), func(i int) {
+		started := time.Now()
+		r := tryMutant(ctx, temp, root, timeout, i, mutants[i], texts[i])
+		r.took = time.Since(started)
+		mu.Lock()
+		defer mu.Unlock()
+		done++
+		results[i] = r
+		fmt.Fprintf(out, "[%d/%d] %s: %s %s (%.1fs)\n", done, len(mutants), mutants[i].name, r.verdict, r.by, r.took.Seconds())
+	})
+	return summarise(out, mutants, results)
+}
+
+// checkUnmutated runs the tests of all mutants on the code as it is, those of
+// the same packages in one go.
+func checkUnmutated(ctx context.Context, out io.Writer, root string, timeout time.Duration, mutants []mutant) error {
+	type group struct {
+		dir, pkgs string
+	}
+	runs := map[group][]string{}
+	for _, m := range mutants {
+		g := group{m.dir, strings.Join(m.pkgs, " ")}
+		if !slices.Contains(runs[g], m.run) {
+			runs[g] = append(runs[g], m.run)
+		}
+	}
+	var groups []group
+	for g := range runs {
+		groups = append(groups, g)
+	}
+	errs := make([]error, len(groups))
+	inParallel(len(groups), func(i int) {
+		g := groups[i]
+		args := append([]string{"-failfast"}, strings.Fields(g.pkgs)...)
+		if !slices.Contains(runs[g], "") {
+			args = append(args, "-run", strings.Join(runs[g], "|"))
+		}
+		// Many tests run here in one go, one mutant's timeout is too short.
+		r, err := goTest(ctx, filepath.Join(root, g.dir), 5*timeout, args...)
+		switch {
+		case err != nil:
+			errs[i] = fmt.Errorf("%s %s: %w", g.dir, g.pkgs, err)
+		case r.failed != "":
+			errs[i] = fmt.Errorf("%s %s: %s fails without a mutant:\n%s", g.dir, g.pkgs, r.failed, r.output)
+		}
+	})
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "%d mutants; their tests pass without them\n", len(mutants))
+	return nil
+}
+
+func tryMutant(ctx context.Context, temp, root string, timeout time.Duration, i int, m mutant, text []byte) result {
+	folder := filepath.Join(temp, fmt.Sprint(i))
+	if err := os.Mkdir(folder, 0o700); err != nil {
+		return result{verdict: "ERROR", err: err}
+	}
+	overlay, err := writeOverlay(folder, filepath.Join(root, m.file), text)
+	if err != nil {
+		return result{verdict: "ERROR", err: err}
+	}
+	args := append([]string{"-overlay=" + overlay, "-count=1", "-failfast"}, m.pkgs...)
+	if m.run != "" {
+		args = append(args, "-run", m.run)
+	}
+	r, err := goTest(ctx, filepath.Join(root, m.dir), timeout, args...)
+	switch {
+	case err != nil:
+		return result{verdict: "ERROR", err: err}
+	case r.timedOut:
+		return result{verdict: "timed out", by: r.failed}
+	case r.failed != "":
+		return result{verdict: "killed", by: r.failed}
+	case r.ran == 0:
+		return result{verdict: "ERROR", err: fmt.Errorf("-run %s matches no test", m.run)}
+	}
+	return result{verdict: "SURVIVED"}
+}
+
+// summarise prints the table and returns an error unless all were killed.
+func summarise(out io.Writer, mutants []mutant, results []result) error {
+	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "\nmutant\tverdict\tseconds\tby")
+	var (
+		killed, survived int
+		errs             []error
+	)
+	for i, r := range results {
+		fmt.Fprintf(table, "%s\t%s\t%.1f\t%s\n", mutants[i].name, r.verdict, r.took.Seconds(), r.by)
+		switch {
+		case r.err != nil:
+			errs = append(errs, fmt.Errorf("line %d: %s: %w", mutants[i].line, mutants[i].name, r.err))
+		case r.verdict == "SURVIVED":
+			survived++
+		default:
+			killed++
+		}
+	}
+	if err := table.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "%d killed, %d survived\n", killed, survived)
+	if survived > 0 {
+		errs = append(errs, fmt.Errorf("%d survived: no test notices", survived))
+	}
+	return errors.Join(errs...)
+}
+
+// inParallel calls f with 0 to n-1, a few at a time, and returns when all have.
+func inParallel(n int, f func(int)) {
+	var group sync.WaitGroup
+	slots := make(chan struct{}, parallel)
+	for i := range n {
+		slots <- struct{}{}
+		group.Go(func() {
+			defer func() { <-slots }()
+			f(i)
+		})
+	}
+	group.Wait()
+}
