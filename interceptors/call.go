@@ -14,52 +14,54 @@ import (
 // place becomes free cannot be known.
 const noSlotRetry = 100 * time.Millisecond
 
-// call is an admitted call. It lives on the stack of a unary call and inside the
-// wrapper of a stream; whoever holds it calls done exactly once.
+// call is a call that a rule is for. It lives on the stack of a unary call and
+// inside the wrapper of a stream; once admit has let it pass, whoever holds it
+// calls done exactly once.
 type call struct {
-	guard   *Guard
-	gates   *gates
-	slot    *limiter.Semaphore // nil: no concurrency limit
-	ticket  breaker.Ticket     // zero: no breaker, or its verdict is in already
-	start   time.Duration
-	timeout time.Duration // the policy's, for this kind of call; 0: none
-	stream  bool
+	guard  *Guard
+	gates  *gates
+	method string // full name; that of the gates may be overflow
+	stream bool
+	// Set by admit.
+	slot   *limiter.Semaphore // nil: no concurrency limit
+	ticket breaker.Ticket     // zero: no breaker, or its verdict is in already
+	start  time.Duration
 }
 
-// admit takes a call through the gates. It returns a *RejectedError when a gate
-// said no, and the status of the context when that ended first; in both cases
-// nothing is held.
-func (g *Guard) admit(ctx context.Context, m *gates, stream bool, now time.Duration) (call, error) {
+// admit takes the call through its gates. It returns a *RejectedError when a
+// gate said no, and the status of the context when that ended first; in both
+// cases nothing is held.
+func (c *call) admit(ctx context.Context, now time.Duration) error {
+	g, m := c.guard, c.gates
 	if err := ctx.Err(); err != nil {
-		return call{}, status.FromContextError(err).Err()
+		return status.FromContextError(err).Err()
 	}
-	c := call{guard: g, gates: m, timeout: m.timeout(stream), stream: stream}
-	if err := m.checkBudget(ctx); err != nil {
-		return call{}, err
+	if err := c.checkBudget(ctx); err != nil {
+		return err
 	}
 	// A look only: an open breaker spends no token and no place.
 	if m.breaker != nil {
 		if retry, ok := m.breaker.Ready(now); !ok {
-			return call{}, m.reject(ReasonBreakerOpen, m.policy.Breaker.Rule, retry)
+			return c.reject(ReasonBreakerOpen, m.policy.Breaker.Rule, retry)
 		}
 	}
 	waited := false
 	if m.rate != nil && !m.rate.Take(now) {
-		if err := g.waitForToken(ctx, m, now); err != nil {
-			return call{}, err
+		if err := c.waitForToken(ctx, now); err != nil {
+			return err
 		}
 		waited = true
 	}
 	if m.external != nil {
-		if err := g.askExternal(ctx, m); err != nil {
-			return call{}, err
+		if err := c.askExternal(ctx); err != nil {
+			return err
 		}
 		waited = true // it may have
 	}
-	if s := m.slot(stream); s != nil {
+	if s := m.slot(c.stream); s != nil {
 		if !s.TryAcquire() {
-			if err := g.waitForSlot(ctx, m, s); err != nil {
-				return call{}, err
+			if err := c.waitForSlot(ctx, s); err != nil {
+				return err
 			}
 			waited = true
 		}
@@ -70,11 +72,11 @@ func (g *Guard) admit(ctx context.Context, m *gates, stream bool, now time.Durat
 		if err != nil {
 			err = status.FromContextError(err).Err()
 		} else {
-			err = m.checkBudget(ctx)
+			err = c.checkBudget(ctx)
 		}
 		if err != nil {
 			c.release()
-			return call{}, err
+			return err
 		}
 		now = g.now()
 	}
@@ -83,13 +85,13 @@ func (g *Guard) admit(ctx context.Context, m *gates, stream bool, now time.Durat
 		ticket, retry, ok := m.breaker.Acquire(now)
 		if !ok {
 			c.release()
-			return call{}, m.reject(ReasonBreakerOpen, m.policy.Breaker.Rule, retry)
+			return c.reject(ReasonBreakerOpen, m.policy.Breaker.Rule, retry)
 		}
 		c.ticket = ticket
 	}
 	m.counts.admitted.Add(1)
 	c.start = now
-	return c, nil
+	return nil
 }
 
 func (c *call) release() {
@@ -100,7 +102,7 @@ func (c *call) release() {
 
 // end judges how the call ended and is done, even if a classifier calls
 // runtime.Goexit.
-func (c *call) end(ctx context.Context, e ending) {
+func (c *call) end(ctx context.Context, e *ending) {
 	out := Failure
 	defer func() { c.done(out) }()
 	out = c.judge(ctx, e)
@@ -108,10 +110,11 @@ func (c *call) end(ctx context.Context, e ending) {
 
 // done records how the call ended and gives its permits back.
 func (c *call) done(out Outcome) {
-	now := c.guard.now()
-	c.release()
+	// Last: who waits for the place must find the breaker as this call leaves it.
+	// Deferred: the verdict may log, and the logger is the user's.
+	defer c.release()
 	c.gates.counts.outcomes[out].Add(1)
-	c.verdict(out, now) // last: it logs, and the logger is the user's
+	c.verdict(out, c.guard.now())
 }
 
 // verdict tells the breaker how the call went, once: a stream that is a probe
@@ -135,21 +138,22 @@ var results = [...]breaker.Result{
 	Dropped: breaker.Ignored,
 }
 
-func (m *gates) checkBudget(ctx context.Context) error {
-	budget := m.policy.MinimumBudget
+func (c *call) checkBudget(ctx context.Context) error {
+	budget := c.gates.policy.MinimumBudget
 	if budget == 0 {
 		return nil
 	}
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < budget {
-		return m.reject(ReasonBudgetTooSmall, m.policy.Rule, 0)
+		return c.reject(ReasonBudgetTooSmall, c.gates.policy.Rule, 0)
 	}
 	return nil
 }
 
-func (g *Guard) waitForToken(ctx context.Context, m *gates, now time.Duration) error {
+func (c *call) waitForToken(ctx context.Context, now time.Duration) error {
+	g, m := c.guard, c.gates
 	verdict := m.rate.Wait(ctx, g.now)
 	if verdict == limiter.Refused {
-		return m.reject(ReasonRateLimited, m.policy.RateLimit.Rule, m.rate.RetryAfter(now))
+		return c.reject(ReasonRateLimited, m.policy.RateLimit.Rule, m.rate.RetryAfter(now))
 	}
 	later := g.now()
 	g.metrics.waited(m, "rate_limit", later-now)
@@ -159,15 +163,15 @@ func (g *Guard) waitForToken(ctx context.Context, m *gates, now time.Duration) e
 	case limiter.Ended:
 		return status.FromContextError(ctx.Err()).Err()
 	}
-	return m.reject(ReasonRateLimited, m.policy.RateLimit.Rule, m.rate.RetryAfter(later))
+	return c.reject(ReasonRateLimited, m.policy.RateLimit.Rule, m.rate.RetryAfter(later))
 }
 
-func (g *Guard) waitForSlot(ctx context.Context, m *gates, s *limiter.Semaphore) error {
-	limit := m.policy.Concurrency
+func (c *call) waitForSlot(ctx context.Context, s *limiter.Semaphore) error {
+	g, limit := c.guard, c.gates.policy.Concurrency
 	began := g.now()
 	verdict := s.Acquire(ctx)
 	if verdict != limiter.Refused {
-		g.metrics.waited(m, "concurrency_limit", g.now()-began)
+		g.metrics.waited(c.gates, "concurrency_limit", g.now()-began)
 	}
 	reason, retry := ReasonConcurrencyLimited, noSlotRetry
 	switch verdict {
@@ -181,23 +185,24 @@ func (g *Guard) waitForSlot(ctx context.Context, m *gates, s *limiter.Semaphore)
 	if limit.MaxQueueWait > 0 {
 		retry = limit.MaxQueueWait // by then the queue has turned over
 	}
-	return m.reject(reason, limit.Rule, retry)
+	return c.reject(reason, limit.Rule, retry)
 }
 
 // askExternal lets the limiter given in Go decide. One that panics admits.
-func (g *Guard) askExternal(ctx context.Context, m *gates) error {
+func (c *call) askExternal(ctx context.Context) error {
+	m := c.gates
 	var err error
-	g.contain("limiter "+m.policy.RateLimit.External, func() { err = m.external.Limit(ctx) })
+	c.guard.contain("limiter "+m.policy.RateLimit.External, func() { err = m.external.Limit(ctx) })
 	switch {
 	case err == nil:
 		return nil
 	case ctx.Err() != nil:
 		return status.FromContextError(ctx.Err()).Err()
 	}
-	return m.reject(ReasonRateLimited, m.policy.RateLimit.Rule, 0)
+	return c.reject(ReasonRateLimited, m.policy.RateLimit.Rule, 0)
 }
 
-func (m *gates) reject(reason Reason, rule string, retryAfter time.Duration) error {
-	m.counts.rejected[reason.index()].Add(1)
-	return &RejectedError{Side: m.side, Method: m.method, Rule: rule, Reason: reason, RetryAfter: retryAfter}
+func (c *call) reject(reason Reason, rule string, retryAfter time.Duration) error {
+	c.gates.counts.rejected[reason.index()].Add(1)
+	return &RejectedError{Side: c.gates.side, Method: c.method, Rule: rule, Reason: reason, RetryAfter: retryAfter}
 }

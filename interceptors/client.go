@@ -46,12 +46,13 @@ func (g *Guard) unaryClient(ctx context.Context, method string, req, reply any, 
 	if m == nil {
 		return invoker(ctx, method, req, reply, cc, opts...)
 	}
-	c, err := g.admit(ctx, m, false, g.now())
+	c := call{guard: g, gates: m, method: method}
+	err := c.admit(ctx, g.now())
 	if err != nil {
 		return err
 	}
 	e := ending{unwound: true, cc: cc, req: req}
-	defer func() { c.end(ctx, e) }()
+	defer func() { c.end(ctx, &e) }()
 	callCtx, cancel := c.withTimeout(ctx)
 	if cancel != nil {
 		defer cancel()
@@ -64,10 +65,11 @@ func (g *Guard) unaryClient(ctx context.Context, method string, req, reply any, 
 // withTimeout applies the policy's timeout unless the caller's deadline is
 // sooner. cancel is nil if there is nothing to apply.
 func (c *call) withTimeout(ctx context.Context) (context.Context, context.CancelFunc) {
-	if c.timeout == 0 {
+	timeout := c.gates.timeout(c.stream)
+	if timeout == 0 {
 		return ctx, nil
 	}
-	deadline := c.guard.epoch.Add(c.start + c.timeout)
+	deadline := c.guard.epoch.Add(c.start + timeout)
 	if sooner, ok := ctx.Deadline(); ok && !sooner.After(deadline) {
 		return ctx, nil
 	}
@@ -80,7 +82,8 @@ func (g *Guard) streamClient(ctx context.Context, desc *grpc.StreamDesc, cc *grp
 		return streamer(ctx, desc, cc, method, opts...)
 	}
 	single := !desc.ServerStreams
-	c, err := g.admit(ctx, m, true, g.now())
+	c := call{guard: g, gates: m, method: method, stream: true}
+	err := c.admit(ctx, g.now())
 	if err != nil {
 		return nil, err
 	}
@@ -189,7 +192,7 @@ func (s *clientStream) unwind(returned *bool) {
 // closed. Anything else may be one attempt of a retrying interceptor further in,
 // for which gRPC calls this too: it is kept for Header.
 func (s *clientStream) onFinish(err error) {
-	if s.ctx.Err() != nil || errors.Is(err, grpc.ErrClientConnClosing) {
+	if s.ctx.Err() != nil || isClosed(s.cc) {
 		s.end(ending{err: err})
 		return
 	}
@@ -211,5 +214,5 @@ func (s *clientStream) end(e ending) {
 		defer s.cancel()
 	}
 	e.cc = s.cc
-	s.call.end(s.ctx, e)
+	s.call.end(s.ctx, &e)
 }

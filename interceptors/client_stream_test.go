@@ -41,7 +41,6 @@ func wantHeld(t *testing.T, g *interceptors.Guard, method string) {
 }
 
 func TestCase01_AbandonedUntilTheContextEnds(t *testing.T) {
-	background := func(ctx context.Context) (context.Context, context.CancelFunc) { return context.WithCancel(ctx) }
 	deadline := func(d time.Duration) func(ctx context.Context) (context.Context, context.CancelFunc) {
 		return func(ctx context.Context) (context.Context, context.CancelFunc) { return context.WithTimeout(ctx, d) }
 	}
@@ -51,11 +50,11 @@ func TestCase01_AbandonedUntilTheContextEnds(t *testing.T) {
 		cancel       bool
 		want         ended
 	}{
-		{"cancelled", oneStream, background, true, ended{neutral: 1}},
+		{"cancelled", oneStream, context.WithCancel, true, ended{neutral: 1}},
 		{"deadline", oneStream, deadline(time.Second), false, ended{failure: 1}},
 		{"short deadline", oneStream, deadline(49 * time.Millisecond), false, ended{neutral: 1}},
-		{"stream_timeout", oneStream + ", stream_timeout: 1s", background, false, ended{failure: 1}},
-		{"cancelled before stream_timeout", oneStream + ", stream_timeout: 1s", background, true, ended{neutral: 1}},
+		{"stream_timeout", oneStream + ", stream_timeout: 1s", context.WithCancel, false, ended{failure: 1}},
+		{"cancelled before stream_timeout", oneStream + ", stream_timeout: 1s", context.WithCancel, true, ended{neutral: 1}},
 	}
 	for _, method := range []string{rpctest.Bidi, rpctest.ServerStream, rpctest.ClientStream} {
 		for _, c := range cases {
@@ -179,14 +178,14 @@ func TestCase06_TwoAnswersToAClientStream(t *testing.T) {
 func TestCase07_StreamThatCannotBeOpened(t *testing.T) {
 	cases := []struct {
 		name     string
-		opts     []grpc.CallOption
+		wait     bool
 		deadline time.Duration
 		cancel   bool
 		want     ended
 	}{
-		{"no backend", nil, time.Minute, false, ended{failure: 1}},
-		{"deadline", []grpc.CallOption{grpc.WaitForReady(true)}, time.Minute, false, ended{failure: 1}},
-		{"cancelled", []grpc.CallOption{grpc.WaitForReady(true)}, time.Minute, true, ended{neutral: 1}},
+		{"no backend", false, time.Minute, false, ended{failure: 1}},
+		{"deadline", true, time.Minute, false, ended{failure: 1}},
+		{"cancelled", true, time.Minute, true, ended{neutral: 1}},
 	}
 	for _, c := range cases {
 		t.Run(c.name, func(t *testing.T) {
@@ -205,7 +204,7 @@ func TestCase07_StreamThatCannotBeOpened(t *testing.T) {
 					time.AfterFunc(time.Second, cancel)
 				}
 				finished := 0
-				opts := append(c.opts, grpc.OnFinish(func(error) { finished++ }))
+				opts := []grpc.CallOption{grpc.WaitForReady(c.wait), grpc.OnFinish(func(error) { finished++ })}
 				if _, err := rpctest.Open(ctx, conn, rpctest.Bidi, opts...); err == nil {
 					t.Fatal("the stream was opened")
 				}

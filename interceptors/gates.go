@@ -3,6 +3,7 @@ package interceptors
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -159,10 +160,7 @@ func (s *side) targetLocked(cc *grpc.ClientConn, dialled string) *target {
 
 // with returns a copy of m that has one entry more.
 func with[V any](m map[string]V, k string, v V) *map[string]V {
-	grown := make(map[string]V, len(m)+1)
-	for k, v := range m {
-		grown[k] = v
-	}
+	grown := maps.Clone(m)
 	grown[k] = v
 	return &grown
 }

@@ -2,6 +2,7 @@ package interceptors
 
 import (
 	"context"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -22,16 +23,23 @@ type inflight struct {
 	all []weak.Pointer[record] // guarded by mu
 }
 
-// record is one call in flight, or none. Its fields are atomic because a drain
-// reads them while calls come and go; a reader that meets a record between two
-// calls may see the peer of the one with the method of the other.
+// record is one call in flight, or none. Its plain fields belong to the call
+// while idle, and to a drain while reading; between the two they do not change.
 type record struct {
 	pool   *sync.Pool
-	active atomic.Bool
-	start  atomic.Int64 // time.Duration on the guard's clock
-	method atomic.Pointer[string]
-	peer   atomic.Pointer[peer.Peer]
+	state  atomic.Int32
+	start  time.Duration // on the guard's clock
+	method *string
+	peer   *peer.Peer
 }
+
+// The states of a record. A call goes from idle to active and back, two atomic
+// operations; a drain from active to reading and back.
+const (
+	idle int32 = iota
+	active
+	reading
+)
 
 // runningCall is a call in flight as a drain reports it.
 type runningCall struct {
@@ -46,17 +54,31 @@ func (f *inflight) begin(ctx context.Context, method *string, now time.Duration)
 		r = &record{pool: &f.pool}
 		f.enter(r)
 	}
-	p, _ := peer.FromContext(ctx)
-	r.peer.Store(p)
-	r.method.Store(method)
-	r.start.Store(int64(now))
-	r.active.Store(true)
+	r.peer, _ = peer.FromContext(ctx)
+	r.method, r.start = method, now
+	r.state.Store(active)
 	return r
 }
 
 func (r *record) end() {
-	r.active.Store(false)
+	for !r.state.CompareAndSwap(active, idle) {
+		runtime.Gosched() // a drain is reading: a matter of nanoseconds
+	}
 	r.pool.Put(r)
+}
+
+// read returns the call that a record is of, if it is of one.
+func (r *record) read(now time.Duration) (runningCall, bool) {
+	if !r.state.CompareAndSwap(active, reading) {
+		return runningCall{}, false
+	}
+	c := runningCall{method: *r.method, age: now - r.start, peer: "unknown"}
+	p := r.peer
+	r.state.Store(active)
+	if p != nil && p.Addr != nil {
+		c.peer = p.Addr.String()
+	}
+	return c, true
 }
 
 // enter appends a new record, and drops those that were collected whenever the
@@ -76,15 +98,11 @@ func (f *inflight) running(now time.Duration) []runningCall {
 	defer f.mu.Unlock()
 	var calls []runningCall
 	for _, p := range f.all {
-		r := p.Value()
-		if r == nil || !r.active.Load() {
-			continue
+		if r := p.Value(); r != nil {
+			if c, ok := r.read(now); ok {
+				calls = append(calls, c)
+			}
 		}
-		c := runningCall{method: *r.method.Load(), age: now - time.Duration(r.start.Load()), peer: "unknown"}
-		if p := r.peer.Load(); p != nil && p.Addr != nil {
-			c.peer = p.Addr.String()
-		}
-		calls = append(calls, c)
 	}
 	return calls
 }
@@ -95,7 +113,7 @@ func (f *inflight) count() int {
 	defer f.mu.Unlock()
 	n := 0
 	for _, p := range f.all {
-		if r := p.Value(); r != nil && r.active.Load() {
+		if r := p.Value(); r != nil && r.state.Load() != idle {
 			n++
 		}
 	}

@@ -33,6 +33,7 @@ import (
 //   - everything else: Success
 type Outcome uint8
 
+// The outcomes.
 const (
 	Success Outcome = iota // counts for the breaker
 	Failure                // counts against the breaker
@@ -80,13 +81,13 @@ type ending struct {
 }
 
 // pushed reports whether the status came with a pushback trailer.
-func (e ending) pushed() bool {
+func (e *ending) pushed() bool {
 	return e.trailer != nil && len(e.trailer().Get(pushbackTrailer)) > 0
 }
 
 // judge applies the rules of Outcome. ctx is the caller's; on the server it has
 // the policy's timeout too, because the handler's time is what was spent.
-func (c *call) judge(ctx context.Context, e ending) Outcome {
+func (c *call) judge(ctx context.Context, e *ending) Outcome {
 	switch {
 	case e.unwound:
 		return Failure
@@ -98,7 +99,7 @@ func (c *call) judge(ctx context.Context, e ending) Outcome {
 	return Success
 }
 
-func (c *call) judgeError(ctx context.Context, e ending) (out Outcome) {
+func (c *call) judgeError(ctx context.Context, e *ending) (out Outcome) {
 	// The error is foreign code: its methods may panic.
 	defer func() {
 		if recover() != nil {
@@ -112,12 +113,12 @@ func (c *call) judgeError(ctx context.Context, e ending) (out Outcome) {
 		return Neutral
 	case errors.As(e.err, &panicked):
 		return Failure
-	case ctx.Err() == context.Canceled, e.cc != nil && e.cc.GetState() == connectivity.Shutdown:
+	case ctx.Err() == context.Canceled, isClosed(e.cc):
 		return Neutral
 	}
 	if f := c.guard.opts.classifier; f != nil {
 		out := Outcome(255)
-		c.guard.contain("classifier", func() { out = f(ctx, c.gates.side, c.gates.method, e.err) })
+		c.guard.contain("classifier", func() { out = f(ctx, c.gates.side, c.method, e.err) })
 		if out <= Dropped {
 			return out
 		}
@@ -125,7 +126,11 @@ func (c *call) judgeError(ctx context.Context, e ending) (out Outcome) {
 	return c.judgeStatus(ctx, e)
 }
 
-func (c *call) judgeStatus(ctx context.Context, e ending) Outcome {
+func isClosed(cc *grpc.ClientConn) bool {
+	return cc != nil && cc.GetState() == connectivity.Shutdown
+}
+
+func (c *call) judgeStatus(ctx context.Context, e *ending) Outcome {
 	st, ok := status.FromError(e.err)
 	if !ok {
 		st = status.FromContextError(e.err)
@@ -149,8 +154,8 @@ func (c *call) judgeStatus(ctx context.Context, e ending) Outcome {
 	if b := c.gates.policy.Breaker; b != nil {
 		failures, minDeadline = b.FailureCodes, b.MinDeadline
 	}
-	if c.timeout > 0 {
-		minDeadline = min(minDeadline, c.timeout)
+	if t := c.gates.timeout(c.stream); t > 0 {
+		minDeadline = min(minDeadline, t)
 	}
 	switch {
 	case code == codes.DeadlineExceeded && c.had(ctx) < minDeadline, e.local, unsendable(code, st.Message(), e.req):

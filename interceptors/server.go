@@ -49,8 +49,8 @@ func (g *Guard) unaryServer(ctx context.Context, req any, info *grpc.UnaryServer
 		resp, err = g.runUnary(ctx, req, info, handler)
 		return g.answer(resp), g.settle(ctx, err)
 	}
-	c, err := g.admit(ctx, m, false, now)
-	if err != nil {
+	c := call{guard: g, gates: m, method: info.FullMethod}
+	if err := c.admit(ctx, now); err != nil {
 		return nil, refused(ctx, err)
 	}
 	ctx, cancel := c.withTimeout(ctx)
@@ -58,7 +58,7 @@ func (g *Guard) unaryServer(ctx context.Context, req any, info *grpc.UnaryServer
 		defer cancel()
 	}
 	e := ending{unwound: true}
-	defer func() { c.end(ctx, e) }()
+	defer func() { c.end(ctx, &e) }()
 	resp, err = g.runUnary(ctx, req, info, handler)
 	e.err, e.unwound = err, false
 	return g.answer(resp), g.settle(ctx, err)
@@ -81,8 +81,8 @@ func (g *Guard) streamServer(srv any, ss grpc.ServerStream, info *grpc.StreamSer
 	if m == nil {
 		return g.settle(ctx, g.runStream(srv, ss, info, handler))
 	}
-	c, err := g.admit(ctx, m, true, now)
-	if err != nil {
+	c := call{guard: g, gates: m, method: info.FullMethod, stream: true}
+	if err := c.admit(ctx, now); err != nil {
 		return refused(ctx, err)
 	}
 	s := &serverStream{ServerStream: ss, call: c, probing: c.ticket.Probe()}
@@ -178,7 +178,7 @@ func (s *serverStream) end(e ending) {
 	s.mu.Lock()
 	s.ended = true
 	s.mu.Unlock()
-	s.call.end(s.ctx, e)
+	s.call.end(s.ctx, &e)
 }
 
 var errStreamTimeout = status.Error(codes.DeadlineExceeded, "the stream lived for the server's stream_timeout")

@@ -11,6 +11,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -161,8 +162,12 @@ func TestMethodsBeyondTheCap(t *testing.T) {
 					t.Errorf("other %d: %v", i, err)
 				}
 			}
-			if err := call("/c.C/M2", nil); reasonOf(err) != interceptors.ReasonRateLimited {
+			err := call("/c.C/M2", nil)
+			if reasonOf(err) != interceptors.ReasonRateLimited {
 				t.Errorf("%v, want the rate limit that the others have used up", err)
+			}
+			if info := detailOf[*errdetails.ErrorInfo](err); info.GetMetadata()["method"] != "/c.C/M2" {
+				t.Errorf("%v, want the method's own name", info)
 			}
 			if err := call("/b.B/M0", nil); err != nil {
 				t.Errorf("a method from before: %v", err)

@@ -164,7 +164,7 @@ type Breaker struct {
 	SleepWindow    time.Duration
 	MaxSleepWindow time.Duration // at least SleepWindow
 	Lease          time.Duration // of a probe: the longer of SleepWindow and the method's timeout
-	MinDeadline    time.Duration // at most the method's timeout
+	MinDeadline    time.Duration
 	SlowCall       time.Duration // 0: slow calls are not counted
 	FailureCodes   uint32        // bit n: gRPC code n is a failure
 }
@@ -184,9 +184,6 @@ func newBreaker(b *resiliencev1.Breaker, from *entry, timeout time.Duration) *Br
 		MinDeadline:    durationOr(b.MinDeadline, 50*time.Millisecond),
 		SlowCall:       b.SlowCallThreshold.AsDuration(),
 		FailureCodes:   defaultFailureCodes,
-	}
-	if timeout > 0 {
-		e.MinDeadline = min(e.MinDeadline, timeout)
 	}
 	if len(b.FailureCodes) > 0 {
 		e.FailureCodes = 0
