@@ -160,7 +160,7 @@ func TestCase15_MessagesThatCannotBeSent(t *testing.T) {
 				if a.side == "server" {
 					t.Skip("of clients")
 				}
-				g, conn := a.setup(t, strict, script())
+				g, conn := a.setup(t, "breaker: {request_volume_threshold: 1, failure_codes: [RESOURCE_EXHAUSTED, INTERNAL]}", script())
 				for range 100 {
 					if a.unary() {
 						if _, err := rpctest.Call(t.Context(), conn, a.method, text, grpc.MaxCallSendMsgSize(tooLarge)); err == nil {
@@ -180,6 +180,43 @@ func TestCase15_MessagesThatCannotBeSent(t *testing.T) {
 				wantEnded(t, g, interceptors.Client, a.method, ended{neutral: 100})
 			})
 		})
+	}
+}
+
+func TestCase15_MessagesThatAreTooLarge(t *testing.T) {
+	const limit = 1 << 10
+	limits := map[string]struct {
+		server []grpc.ServerOption
+		dial   []grpc.DialOption
+	}{
+		"to send":                {nil, []grpc.DialOption{grpc.WithDefaultCallOptions(grpc.MaxCallSendMsgSize(limit))}},
+		"for the server":         {[]grpc.ServerOption{grpc.MaxRecvMsgSize(limit)}, nil},
+		"for the server to send": {[]grpc.ServerOption{grpc.MaxSendMsgSize(limit)}, nil},
+		"to receive":             {nil, []grpc.DialOption{grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(limit))}},
+	}
+	const resourceExhausted = "{rules: [{methods: ['*'], breaker: {request_volume_threshold: 1, failure_codes: [RESOURCE_EXHAUSTED]}}]}"
+	for name, l := range limits {
+		for _, a := range arms[:2] { // the same guard is on the server
+			t.Run(name+" "+a.name, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					g := mustGuard(t, "{client: "+resourceExhausted+", server: "+resourceExhausted+"}")
+					conn := rpctest.Start(t, script(), g.ServerOptions(l.server...), g.DialOptions(l.dial...))
+					for range 5 {
+						if err := a.call(t.Context(), conn, strings.Repeat("x", 2*limit)); status.Code(err) != codes.ResourceExhausted {
+							t.Fatal(err)
+						}
+					}
+					a.must(t, conn, "")
+					synctest.Wait()
+					wantEnded(t, g, interceptors.Client, a.method, ended{success: 1, neutral: 5})
+					for _, m := range g.Snapshot().Methods {
+						if m.Breaker.State != "closed" || m.Counts.Failure != 0 {
+							t.Errorf("%v: %+v, %+v", m.Side, *m.Breaker, m.Counts)
+						}
+					}
+				})
+			})
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package interceptors
 
 import (
 	"context"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc/status"
@@ -10,8 +11,8 @@ import (
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/limiter"
 )
 
-// noSlotRetry is the RetryInfo of a concurrency limit without a queue: when a
-// place becomes free cannot be known.
+// noSlotRetry is the RetryInfo of a concurrency limit without max_queue_wait:
+// when a place becomes free cannot be known.
 const noSlotRetry = 100 * time.Millisecond
 
 // call is a call that a rule is for. It lives on the stack of a unary call and
@@ -82,12 +83,17 @@ func (c *call) admit(ctx context.Context, now time.Duration) error {
 	}
 	// Last, because a half-open probe must not wait for anything.
 	if m.breaker != nil {
+		acquired := false
+		defer func() { // also when the logger calls runtime.Goexit
+			if !acquired {
+				c.release()
+			}
+		}()
 		ticket, retry, ok := m.breaker.Acquire(now)
 		if !ok {
-			c.release()
 			return c.reject(ReasonBreakerOpen, m.policy.Breaker.Rule, retry)
 		}
-		c.ticket = ticket
+		c.ticket, acquired = ticket, true
 	}
 	m.counts.admitted.Add(1)
 	c.start = now
@@ -144,7 +150,7 @@ func (c *call) checkBudget(ctx context.Context) error {
 		return nil
 	}
 	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < budget {
-		return c.reject(ReasonBudgetTooSmall, c.gates.policy.Rule, 0)
+		return c.reject(ReasonBudgetTooSmall, c.gates.policy.BudgetRule, 0)
 	}
 	return nil
 }
@@ -156,7 +162,7 @@ func (c *call) waitForToken(ctx context.Context, now time.Duration) error {
 		return c.reject(ReasonRateLimited, m.policy.RateLimit.Rule, m.rate.RetryAfter(now))
 	}
 	later := g.now()
-	g.metrics.waited(m, "rate_limit", later-now)
+	g.contain("meter", func() { g.metrics.waited(m, "rate_limit", later-now) })
 	switch verdict {
 	case limiter.Admitted:
 		return nil
@@ -169,17 +175,24 @@ func (c *call) waitForToken(ctx context.Context, now time.Duration) error {
 func (c *call) waitForSlot(ctx context.Context, s *limiter.Semaphore) error {
 	g, limit := c.guard, c.gates.policy.Concurrency
 	began := g.now()
-	verdict := s.Acquire(ctx)
+	wait := ctx
+	if timeout := c.gates.timeout(c.stream); timeout > 0 { // no longer than it may run
+		var cancel context.CancelFunc
+		wait, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	verdict := s.Acquire(wait)
 	if verdict != limiter.Refused {
-		g.metrics.waited(c.gates, "concurrency_limit", g.now()-began)
+		g.contain("meter", func() { g.metrics.waited(c.gates, "concurrency_limit", g.now()-began) })
 	}
 	reason, retry := ReasonConcurrencyLimited, noSlotRetry
 	switch verdict {
 	case limiter.Admitted:
 		return nil
-	case limiter.Ended:
-		return status.FromContextError(ctx.Err()).Err()
-	case limiter.TimedOut:
+	case limiter.Ended, limiter.TimedOut:
+		if err := ctx.Err(); err != nil {
+			return status.FromContextError(err).Err()
+		}
 		reason = ReasonQueueTimeout
 	}
 	if limit.MaxQueueWait > 0 {
@@ -205,4 +218,33 @@ func (c *call) askExternal(ctx context.Context) error {
 func (c *call) reject(reason Reason, rule string, retryAfter time.Duration) error {
 	c.gates.counts.rejected[reason.index()].Add(1)
 	return &RejectedError{Side: c.gates.side, Method: c.method, Rule: rule, Reason: reason, RetryAfter: retryAfter}
+}
+
+// streamCall is the call of a stream, whose first response and whose end may be
+// seen on two goroutines.
+type streamCall struct {
+	mu    sync.Mutex // guards ended, and call until that is set
+	ended bool
+	call  call
+}
+
+// answered makes the first response of a half-open probe its verdict. The verdict
+// logs, so it is not told under the lock.
+func (s *streamCall) answered() {
+	var early breaker.Ticket // zero: Done does nothing
+	s.mu.Lock()
+	if !s.ended {
+		early, s.call.ticket = s.call.ticket, early
+	}
+	s.mu.Unlock()
+	s.call.gates.breaker.Done(early, s.call.guard.now(), breaker.Success, false)
+}
+
+// over marks the end and reports whether it is news.
+func (s *streamCall) over() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	first := !s.ended
+	s.ended = true
+	return first
 }

@@ -2,9 +2,8 @@ package interceptors
 
 import (
 	"context"
-	"errors"
 	"io"
-	"sync"
+	"sync/atomic"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -87,8 +86,9 @@ func (g *Guard) streamClient(ctx context.Context, desc *grpc.StreamDesc, cc *grp
 	if err != nil {
 		return nil, err
 	}
-	s := &clientStream{call: c, cc: cc, single: single, probing: c.ticket.Probe()}
+	s := &clientStream{streamCall: streamCall{call: c}, cc: cc, single: single, probing: c.ticket.Probe()}
 	s.ctx, s.cancel = c.withTimeout(ctx)
+	s.inside.Add(1)
 	returned := false
 	defer s.unwind(&returned)
 	// The options are the caller's slice: never append to it in place.
@@ -112,11 +112,11 @@ type clientStream struct {
 	single  bool               // one response message ends the stream
 	probing bool               // of RecvMsg alone, which is never called concurrently
 
-	mu       sync.Mutex // guards everything below; call only until ended is set
-	call     call
-	ended    bool
-	finished bool  // gRPC said so in onFinish,
-	status   error // with this
+	inside atomic.Int32 // methods that run now, NewStream included
+
+	streamCall
+	finished bool  // gRPC said so in onFinish; guarded by mu
+	status   error // with this; guarded by mu
 }
 
 // RecvMsg ends the stream with its error, and with the only message of a stream
@@ -124,6 +124,7 @@ type clientStream struct {
 // its verdict: a stream may live for days.
 func (s *clientStream) RecvMsg(m any) error {
 	returned := false
+	s.inside.Add(1)
 	defer s.unwind(&returned)
 	err := s.ClientStream.RecvMsg(m)
 	returned = true
@@ -136,11 +137,7 @@ func (s *clientStream) RecvMsg(m any) error {
 		s.end(ending{})
 	case s.probing:
 		s.probing = false
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if !s.ended {
-			s.call.verdict(Success, s.call.guard.now())
-		}
+		s.answered()
 	}
 	return err
 }
@@ -150,11 +147,13 @@ func (s *clientStream) RecvMsg(m any) error {
 // of gRPC's own attempts (its error wraps io.EOF) was made on this side.
 func (s *clientStream) SendMsg(m any) error {
 	returned := false
+	s.inside.Add(1)
 	defer s.unwind(&returned)
 	err := s.ClientStream.SendMsg(m)
 	returned = true
 	if err != nil && err != io.EOF {
-		s.end(ending{err: err, local: s.ctx.Err() == nil && !errors.Is(err, io.EOF)})
+		code := status.Code(err)
+		s.end(ending{err: err, local: code == codes.Internal || code == codes.ResourceExhausted})
 	}
 	return err
 }
@@ -163,6 +162,7 @@ func (s *clientStream) SendMsg(m any) error {
 // gRPC keeps the status for RecvMsg, but nobody need call that.
 func (s *clientStream) Header() (metadata.MD, error) {
 	returned := false
+	s.inside.Add(1)
 	defer s.unwind(&returned)
 	md, err := s.ClientStream.Header()
 	returned = true
@@ -182,17 +182,19 @@ func (s *clientStream) Header() (metadata.MD, error) {
 // unwind, deferred by a method, ends the stream when a panic or runtime.Goexit
 // passes through it: the caller is not likely to come back.
 func (s *clientStream) unwind(returned *bool) {
+	s.inside.Add(-1)
 	if !*returned {
 		s.end(ending{unwound: true})
 	}
 }
 
 // onFinish is gRPC's word that the stream is over. It is heeded only where no
-// method of the stream need ever tell: its context ended or the channel was
-// closed. Anything else may be one attempt of a retrying interceptor further in,
-// for which gRPC calls this too: it is kept for Header.
+// method of the stream need ever tell: its context ended, the channel was closed,
+// or the service config's timeout ran out while no method was running. Anything
+// else may be one attempt of a retrying interceptor further in, for which gRPC
+// calls this too: it is kept for Header.
 func (s *clientStream) onFinish(err error) {
-	if s.ctx.Err() != nil || isClosed(s.cc) {
+	if s.ctx.Err() != nil || isClosed(s.cc) || s.inside.Load() == 0 && status.Code(err) == codes.DeadlineExceeded {
 		s.end(ending{err: err})
 		return
 	}
@@ -203,11 +205,7 @@ func (s *clientStream) onFinish(err error) {
 
 // end is for the first that sees the end. It runs on any goroutine.
 func (s *clientStream) end(e ending) {
-	s.mu.Lock()
-	again := s.ended
-	s.ended = true
-	s.mu.Unlock()
-	if again {
+	if !s.over() {
 		return
 	}
 	if s.cancel != nil {

@@ -93,6 +93,21 @@ func TestCase02_AbandonedUntilTheChannelIsClosed(t *testing.T) {
 	}
 }
 
+func TestCase01_AbandonedUntilTheTimeoutOfTheServiceConfig(t *testing.T) {
+	for _, method := range []string{rpctest.Bidi, rpctest.ServerStream, rpctest.ClientStream} {
+		t.Run(method, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g, conn := clientStreams(t, oneStream, grpc.WithDefaultServiceConfig(`{"methodConfig": [{"name": [{}], "timeout": "1s"}]}`))
+				streamOpen(t, context.Background(), conn, method, "hang")
+				pass(time.Second - 1)
+				wantHeld(t, g, method)
+				pass(1) // gRPC has a context of its own for this
+				wantEnded(t, g, interceptors.Client, method, ended{failure: 1})
+			})
+		})
+	}
+}
+
 func TestCase03_AbandonedForGoodIsSeen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g, conn := clientStreams(t, oneStream)

@@ -5,10 +5,13 @@ import (
 	"errors"
 	"log/slog"
 	"runtime"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/metric/noop"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -195,6 +198,86 @@ func TestCase17_LoggerPanics(t *testing.T) {
 		a.wantState(t, g, "closed")
 		wantEnded(t, g, a.sideOf(), a.method, ended{success: 1, failure: 1})
 	})
+}
+
+// exitHandler is a slog.Handler that ends the goroutine at one message.
+type exitHandler struct {
+	slog.Handler
+	at string
+}
+
+func (h exitHandler) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == h.at {
+		runtime.Goexit()
+	}
+	return nil
+}
+
+func (exitHandler) Enabled(context.Context, slog.Level) bool { return true }
+
+func TestCase17_LoggerExitsWhileAProbeIsAdmitted(t *testing.T) {
+	eachArm(t, func(t *testing.T, a arm) {
+		g := mustGuard(t, a.side+": {rules: [{methods: ['*'], "+placeForOne+"}]}",
+			interceptors.WithLogger(slog.New(exitHandler{at: "circuit breaker half_open"})))
+		call := func(result error) (err error) {
+			return a.byHand(t.Context(), g, func(context.Context) error { return result })
+		}
+		_ = call(status.Error(codes.Unavailable, ""))
+		time.Sleep(5 * time.Second)
+		if p := survive(func() { _ = call(nil) }); p != "Goexit" {
+			t.Errorf("%v came through: the test proves nothing", p)
+		}
+		wantEnded(t, g, a.sideOf(), a.method, ended{failure: 1}) // the probe was not made
+		time.Sleep(5 * time.Second)                              // nor is it waited for any longer
+		if err := call(nil); err != nil {
+			t.Error(err)
+		}
+		a.wantState(t, g, "closed")
+		wantEnded(t, g, a.sideOf(), a.method, ended{success: 1, failure: 1})
+	})
+}
+
+// minedMeter is a meter whose histograms panic.
+type minedMeter struct{ noop.Meter }
+
+type minedHistogram struct{ noop.Float64Histogram }
+
+type minedProvider struct{ noop.MeterProvider }
+
+func (minedProvider) Meter(string, ...metric.MeterOption) metric.Meter { return minedMeter{} }
+
+func (minedMeter) Float64Histogram(string, ...metric.Float64HistogramOption) (metric.Float64Histogram, error) {
+	return minedHistogram{}, nil
+}
+
+func (minedHistogram) Record(context.Context, float64, ...metric.RecordOption) { panic("boom") }
+
+func TestCase17_MeterPanicsAfterAWait(t *testing.T) {
+	for _, wait := range []string{
+		"concurrency_limit: {max_in_flight: 1, max_streams: 1, max_queue: 1}",
+		"rate_limit: {requests_per_second: 1, burst: 1, max_wait: 1s}",
+	} {
+		t.Run(wait, func(t *testing.T) {
+			eachArm(t, func(t *testing.T, a arm) {
+				g := mustGuard(t, a.side+": {rules: [{methods: ['*'], "+wait+"}]}", interceptors.WithMeterProvider(minedProvider{}))
+				call := func() {
+					if err := a.byHand(t.Context(), g, func(context.Context) error { time.Sleep(time.Second); return nil }); err != nil {
+						t.Error(err)
+					}
+				}
+				var calls sync.WaitGroup
+				for range 2 {
+					calls.Go(func() {
+						if p := survive(call); p != nil {
+							t.Errorf("%v came through", p)
+						}
+					})
+				}
+				calls.Wait()
+				wantEnded(t, g, a.sideOf(), a.method, ended{success: 2})
+			})
+		})
+	}
 }
 
 func TestCase17_InterceptorFurtherInPanics(t *testing.T) {

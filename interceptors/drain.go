@@ -41,6 +41,9 @@ type drain struct {
 	mu      sync.Mutex            // guards the fields below, and changes of current
 	began   time.Duration         // when announcing was entered
 	watches map[*watchStream]bool // health Watch streams
+
+	preparing sync.Mutex   // makes Serve register one health service
+	servers   atomic.Int32 // that Serve or Shutdown has not ended
 }
 
 func (d *drain) init(p policy.Drain) {
@@ -120,8 +123,12 @@ func (d *drain) watch(ss grpc.ServerStream) *watchStream {
 
 func (d *drain) unwatch(w *watchStream) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	delete(d.watches, w)
+	telling := d.phase() > serving
+	d.mu.Unlock()
+	if telling {
+		_ = w.lock() // for good: the stream must not be used once its handler has ended
+	}
 }
 
 // watchStream is a health Watch. Whatever health service is registered, a drain
@@ -130,6 +137,7 @@ func (d *drain) unwatch(w *watchStream) {
 type watchStream struct {
 	grpc.ServerStream
 	drain *drain
+	wire  wire
 
 	// sending holds a value while SendMsg runs, which is not safe for concurrent
 	// use. Not a mutex: it may take as long as the watcher does not read.
@@ -144,15 +152,16 @@ func (w *watchStream) SendMsg(m any) error {
 	}
 	defer w.unlock()
 	if w.drain.phase() == serving {
-		return w.ServerStream.SendMsg(m)
+		return w.send(m)
 	}
 	if _, ok := m.(*healthpb.HealthCheckResponse); !ok {
-		return w.ServerStream.SendMsg(m) // not the health service we know
+		return w.send(m) // not the health service we know
 	}
 	return w.tellLocked()
 }
 
 func (w *watchStream) tell() {
+	defer func() { _ = recover() }() // of a codec, or an interceptor further out
 	if w.lock() == nil {
 		defer w.unlock()
 		_ = w.tellLocked() // fails only if the watcher is gone
@@ -175,11 +184,18 @@ func (w *watchStream) tellLocked() error {
 		return status.FromContextError(w.Context().Err()).Err() // nil while the stream lives
 	}
 	w.told = true
-	return w.ServerStream.SendMsg(&healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_NOT_SERVING})
+	return w.send(&healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_NOT_SERVING})
+}
+
+func (w *watchStream) send(m any) error {
+	if err := w.wire.open(w.ServerStream); err != nil {
+		return err
+	}
+	return w.ServerStream.SendMsg(m)
 }
 
 func (w *watchStream) end() {
-	writeStatus(w.Context(), status.New(codes.Unavailable, "the server is draining"))
+	w.wire.end(w.Context(), status.New(codes.Unavailable, "the server is draining"))
 }
 
 const (
@@ -191,8 +207,8 @@ func isHealth(method string) bool { return strings.HasPrefix(method, "/"+healthS
 
 // answer returns what the client gets for a handler's response: in a drain,
 // health is NOT_SERVING.
-func (g *Guard) answer(resp any) any {
-	if g.drain.phase() == serving {
+func (g *Guard) answer(method string, resp any) any {
+	if g.drain.phase() == serving || !isHealth(method) {
 		return resp
 	}
 	const down = healthpb.HealthCheckResponse_NOT_SERVING

@@ -1,12 +1,12 @@
 package interceptors
 
 import (
-	"context"
 	"log/slog"
 	"maps"
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
 	"google.golang.org/grpc"
@@ -73,8 +73,8 @@ type target struct {
 	methods atomic.Pointer[map[string]*gates] // copied on write
 
 	// Guarded by side.mu.
-	overflow map[string]*gates // by the most specific rule
-	shared   map[int]*gates    // the limiters of scope rule, by policy's number
+	overflow map[*policy.Effective]*gates
+	shared   map[int]*gates // the limiters of scope rule, by policy's number
 }
 
 func newSide(g *Guard, s Side, rules *policy.Table) *side {
@@ -109,14 +109,14 @@ func (s *side) create(cc *grpc.ClientConn, dialled, method string, eff *policy.E
 	if m := (*t.methods.Load())[method]; m != nil {
 		return m
 	}
-	full := s.states >= maxStates || len(method) > maxName
+	full := s.states >= maxStates || len(method) > maxName || !utf8.ValidString(method)
 	if t.name == overflow || full && !s.rules.Names(method) {
-		m := t.overflow[eff.Rule]
+		m := t.overflow[eff]
 		if m == nil {
 			bare := *eff
 			bare.Breaker = nil
 			m = s.newGates(t, overflow, &bare)
-			t.overflow[eff.Rule] = m
+			t.overflow[eff] = m
 		}
 		return m
 	}
@@ -151,7 +151,7 @@ func (s *side) targetLocked(cc *grpc.ClientConn, dialled string) *target {
 		}
 	}
 	if t == nil {
-		t = &target{name: name, overflow: map[string]*gates{}, shared: map[int]*gates{}}
+		t = &target{name: name, overflow: map[*policy.Effective]*gates{}, shared: map[int]*gates{}}
 		t.methods.Store(&map[string]*gates{})
 	}
 	s.targets.Store(with(all, dialled, t))
@@ -269,9 +269,8 @@ func (t *target) idleLocked(now time.Duration) bool {
 		if !m.idle(now) {
 			idle = false
 		}
-		admitted := m.counts.admitted.Load()
-		if m.seen != admitted {
-			m.seen, idle = admitted, false
+		if calls := m.counts.calls(); m.seen != calls {
+			m.seen, idle = calls, false
 		}
 	}
 	return idle
@@ -298,6 +297,15 @@ func (m *gates) idle(now time.Duration) bool {
 	return m.counts.inFlight() == 0
 }
 
+// calls is the number of calls that came, those rejected included.
+func (c *counts) calls() uint64 {
+	n := c.admitted.Load()
+	for i := range c.rejected {
+		n += c.rejected[i].Load()
+	}
+	return n
+}
+
 // inFlight never counts a call that has ended: outcomes are read first.
 func (c *counts) inFlight() uint64 {
 	var ended uint64
@@ -322,15 +330,12 @@ func (m *gates) timeout(stream bool) time.Duration {
 	return m.policy.Timeout
 }
 
-// logTransition keeps a panic of the user's slog.Handler from the call that
-// happened to cause the transition.
 func (g *Guard) logTransition(m *gates, tr breaker.Transition) {
-	defer func() { _ = recover() }()
 	level := slog.LevelInfo
 	if tr.To == breaker.Open {
 		level = slog.LevelWarn
 	}
-	g.opts.logger.LogAttrs(context.Background(), level, "circuit breaker "+tr.To.String(),
+	g.log(level, "circuit breaker "+tr.To.String(),
 		slog.String("side", m.side.String()), slog.String("target", m.target), slog.String("method", m.method),
 		slog.String("rule", m.policy.Breaker.Rule), slog.String("from", tr.From.String()), slog.String("cause", tr.Cause.String()))
 }

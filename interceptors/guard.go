@@ -1,8 +1,10 @@
 package interceptors
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"runtime/debug"
 	"sync"
@@ -66,8 +68,7 @@ func Parse(name string, yaml []byte) (*resiliencev1.Policy, error) {
 	return policy.Parse(name, yaml)
 }
 
-// New returns the guard that enforces a policy built in Go. The policy must not
-// be changed afterwards. The error lists every mistake of the policy and of the
+// New returns the guard that enforces a policy built in Go, as it is now. The error lists every mistake of the policy and of the
 // options; an empty policy is fine: it recovers panics and drains.
 func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
 	o, err := newOptions(opts)
@@ -154,4 +155,9 @@ func (g *Guard) contain(name string, f func()) {
 		}
 	}()
 	f()
+}
+
+// log writes to the user's logger, whose handler may panic.
+func (g *Guard) log(level slog.Level, msg string, attrs ...slog.Attr) {
+	g.contain("logger", func() { g.opts.logger.LogAttrs(context.Background(), level, msg, attrs...) })
 }

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"github.com/grpc-resilience/grpc-resilience/interceptors"
@@ -254,6 +255,101 @@ func TestCase32_HealthWatchThatEndsByItself(t *testing.T) {
 		time.Sleep(time.Second)
 		r.stop()
 		r.end(t, 5*time.Second)
+	})
+}
+
+// idleWatch is a health service that tells its watchers nothing.
+type idleWatch struct {
+	healthpb.UnimplementedHealthServer
+}
+
+func (idleWatch) Watch(_ *healthpb.HealthCheckRequest, ss grpc.ServerStreamingServer[healthpb.HealthCheckResponse]) error {
+	<-ss.Context().Done()
+	return ss.Context().Err()
+}
+
+// mutedStream panics when something is sent.
+type mutedStream struct{ grpc.ServerStream }
+
+func (mutedStream) SendMsg(any) error { panic("boom") }
+
+// The drain tells a watcher on a goroutine of its own, where nobody recovers.
+func TestCase32_HealthWatchWhoseStreamPanics(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, drainPolicy, interceptors.WithSignals())
+		outer := grpc.ChainStreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+			return handler(srv, mutedStream{ss})
+		})
+		r := &running{guard: g, srv: rpctest.NewServer(&rpctest.Service{}, append([]grpc.ServerOption{outer}, g.ServerOptions()...)...), lis: rpctest.Listen()}
+		healthpb.RegisterHealthServer(r.srv, idleWatch{})
+		r.serve(t)
+		w, err := healthpb.NewHealthClient(r.conn).Watch(t.Context(), &healthpb.HealthCheckRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		r.stop()
+		r.end(t, 5*time.Second)
+		if _, err := w.Recv(); status.Code(err) != codes.Unavailable {
+			t.Errorf("the watcher has %v", err)
+		}
+	})
+}
+
+// slowStream is a stream whose SendMsg takes a second.
+type slowStream struct {
+	handStream
+	sending, sent int
+}
+
+func (s *slowStream) SendHeader(metadata.MD) error { return nil }
+
+func (s *slowStream) SendMsg(any) error {
+	s.sending++
+	time.Sleep(time.Second)
+	s.sent++
+	return nil
+}
+
+// gRPC forbids the use of a stream whose handler has returned.
+func TestCase32_DrainTellsNoWatcherThatHasEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, drainPolicy)
+		ss := &slowStream{handStream: handStream{ctx: t.Context()}}
+		err := g.StreamServerInterceptor()(nil, ss, &grpc.StreamServerInfo{FullMethod: healthpb.Health_Watch_FullMethodName},
+			func(any, grpc.ServerStream) error {
+				go func() { _ = g.Shutdown(t.Context(), grpc.NewServer()) }()
+				synctest.Wait() // it tells the watcher
+				return nil
+			})
+		if err != nil || ss.sending != 1 || ss.sent != 1 {
+			t.Errorf("%v; when the stream was given back, %d messages had been begun and %d sent, want 1", err, ss.sending, ss.sent)
+		}
+		time.Sleep(time.Minute)
+		if ss.sending != 1 {
+			t.Errorf("%d messages, want none that is later", ss.sending)
+		}
+	})
+}
+
+// Only health is answered for: another service may have these messages too, to
+// tell of the health of others.
+func TestCase32_OnlyHealthIsAnsweredFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, drainPolicy)
+		if err := g.Shutdown(t.Context(), grpc.NewServer()); err != nil {
+			t.Fatal(err)
+		}
+		for method, want := range map[string]healthpb.HealthCheckResponse_ServingStatus{
+			healthpb.Health_Check_FullMethodName: down,
+			"/fleet.v1.Fleet/Check":              up,
+		} {
+			got, err := g.UnaryServerInterceptor()(t.Context(), nil, &grpc.UnaryServerInfo{FullMethod: method},
+				func(context.Context, any) (any, error) { return &healthpb.HealthCheckResponse{Status: up}, nil })
+			if err != nil || got.(*healthpb.HealthCheckResponse).GetStatus() != want {
+				t.Errorf("%s: %v, %v, want %v", method, got, err, want)
+			}
+		}
 	})
 }
 

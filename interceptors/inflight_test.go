@@ -9,8 +9,11 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/peer"
 
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
@@ -138,4 +141,35 @@ func TestDrainForgetsWatchesThatHaveEnded(t *testing.T) {
 	if len(d.watches) != 0 {
 		t.Errorf("%d watches are kept", len(d.watches))
 	}
+}
+
+// The drain may only come to tell a watcher when its handler has just ended.
+func TestDrainDoesNotTellAWatchThatHasEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var d drain
+		d.init(policy.Drain{})
+		ctx, cancel := context.WithCancel(t.Context())
+		w := d.watch(deadStream{ctx: ctx, t: t})
+		d.current.Store(int32(announcing)) // without telling yet
+		d.unwatch(w)
+		go w.tell()
+		synctest.Wait()
+		cancel() // which gRPC does
+		synctest.Wait()
+	})
+}
+
+// deadStream must not be sent on.
+type deadStream struct {
+	grpc.ServerStream
+	ctx context.Context
+	t   *testing.T
+}
+
+func (s deadStream) Context() context.Context     { return s.ctx }
+func (s deadStream) SendHeader(metadata.MD) error { return nil }
+
+func (s deadStream) SendMsg(any) error {
+	s.t.Error("a message was sent after the end")
+	return nil
 }

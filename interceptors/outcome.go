@@ -14,13 +14,17 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
 )
 
 // Outcome is what an admitted call says about the health of the other side. In
 // the absence of a Classifier, in this order:
 //
 //   - a rejection made in this process: Neutral; a panic or Goexit: Failure
-//   - the caller cancelled or closed the channel: Neutral, whatever the code
+//   - the caller cancelled or closed the channel: Neutral, whatever the code; but
+//     a call that ends cancelled less than 20 ms before its deadline, or after it,
+//     has run out of time: that is how a deadline often reaches a server
 //   - a peer's rejection by this package: RATE_LIMITED, CONCURRENCY_LIMITED and
 //     QUEUE_TIMEOUT: Dropped; BREAKER_OPEN: Failure; DRAINING and
 //     BUDGET_TOO_SMALL: Neutral
@@ -62,9 +66,6 @@ func (o Outcome) String() string {
 // It must be safe for concurrent use. If it panics or returns anything else than
 // an Outcome, the default judgement holds.
 type Classifier func(ctx context.Context, side Side, method string, err error) Outcome
-
-// failureCodes of a method without a breaker; they only matter to its counts.
-const failureCodes = 1<<codes.Unavailable | 1<<codes.DeadlineExceeded | 1<<codes.Internal | 1<<codes.Unknown | 1<<codes.DataLoss
 
 // pushbackTrailer is how gRPC's built-in retry is told when to come back, or,
 // when negative, not to (gRFC A6).
@@ -113,7 +114,7 @@ func (c *call) judgeError(ctx context.Context, e *ending) (out Outcome) {
 		return Neutral
 	case errors.As(e.err, &panicked):
 		return Failure
-	case ctx.Err() == context.Canceled, isClosed(e.cc):
+	case cancelled(ctx), isClosed(e.cc):
 		return Neutral
 	}
 	if f := c.guard.opts.classifier; f != nil {
@@ -126,6 +127,17 @@ func (c *call) judgeError(ctx context.Context, e *ending) (out Outcome) {
 	return c.judgeStatus(ctx, e)
 }
 
+// resetSlack bounds how far apart a server's own timer and the reset of the
+// client whose deadline it is may be.
+const resetSlack = 20 * time.Millisecond
+
+// cancelled reports whether the caller gave up, rather than ran out of time: at
+// its deadline a client resets the stream, often before the server's timer fires.
+func cancelled(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ctx.Err() == context.Canceled && (!ok || time.Until(deadline) > resetSlack)
+}
+
 func isClosed(cc *grpc.ClientConn) bool {
 	return cc != nil && cc.GetState() == connectivity.Shutdown
 }
@@ -136,8 +148,11 @@ func (c *call) judgeStatus(ctx context.Context, e *ending) Outcome {
 		st = status.FromContextError(e.err)
 	}
 	code := st.Code()
-	if code == codes.OK {
+	switch {
+	case code == codes.OK:
 		return Success
+	case code == codes.Canceled && ctx.Err() == context.Canceled:
+		code = codes.DeadlineExceeded // or judgeError would have called it cancelled
 	}
 	info, retryInfo := ownDetails(st)
 	if info != nil {
@@ -150,7 +165,8 @@ func (c *call) judgeStatus(ctx context.Context, e *ending) Outcome {
 			return Failure
 		}
 	}
-	failures, minDeadline := uint32(failureCodes), time.Duration(0)
+	// Without a breaker they only matter to the counts.
+	failures, minDeadline := uint32(policy.DefaultFailureCodes), time.Duration(0)
 	if b := c.gates.policy.Breaker; b != nil {
 		failures, minDeadline = b.FailureCodes, b.MinDeadline
 	}
@@ -158,7 +174,7 @@ func (c *call) judgeStatus(ctx context.Context, e *ending) Outcome {
 		minDeadline = min(minDeadline, t)
 	}
 	switch {
-	case code == codes.DeadlineExceeded && c.had(ctx) < minDeadline, e.local, unsendable(code, st.Message(), e.req):
+	case code == codes.DeadlineExceeded && c.had(ctx) < minDeadline, e.local, unsendable(code, st.Message(), e.req), tooLarge(code, st.Message()):
 		return Neutral
 	case failures&(1<<code) != 0:
 		return Failure
@@ -192,6 +208,11 @@ func ownDetails(st *status.Status) (own *errdetails.ErrorInfo, retryInfo bool) {
 		}
 	}
 	return own, retryInfo
+}
+
+// tooLarge reports whether gRPC, on either side, refused a message for its size.
+func tooLarge(code codes.Code, msg string) bool {
+	return code == codes.ResourceExhausted && strings.Contains(msg, "larger than max")
 }
 
 // unsendable reports whether gRPC refused to marshal the request. The server

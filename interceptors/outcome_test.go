@@ -102,6 +102,7 @@ func outcomeCases() []outcomeCase {
 		{name: "deadline below such a timeout", blocks: "breaker: {}, timeout: 20ms, stream_timeout: 20ms", err: late, deadline: 19 * time.Millisecond, want: oneNeutral},
 
 		{name: "RESOURCE_EXHAUSTED", err: failed(codes.ResourceExhausted), want: oneNeutral},
+		{name: "failure_codes, RESOURCE_EXHAUSTED", blocks: codesOfOwn, err: failed(codes.ResourceExhausted), want: oneFailure},
 		{name: "RESOURCE_EXHAUSTED with RetryInfo", err: failed(codes.ResourceExhausted, retryInfo), want: oneDropped},
 		{name: "ABORTED with RetryInfo", err: failed(codes.Aborted, retryInfo), want: oneSuccess},
 		{name: "UNAVAILABLE with RetryInfo", err: failed(codes.Unavailable, retryInfo), want: oneFailure},
@@ -161,6 +162,34 @@ func TestOutcome(t *testing.T) {
 				if b := a.state(t, g).Breaker; b != nil && (b.Failures != c.want.failure || b.Requests != c.want.success+c.want.failure) {
 					t.Errorf("the breaker has counted %+v", *b)
 				}
+			})
+		})
+	}
+}
+
+func TestOutcomeOfACancelNearTheDeadline(t *testing.T) {
+	const deadline = 100 * time.Millisecond
+	for _, tt := range []struct {
+		early time.Duration // before the deadline
+		min   string        // min_deadline
+		want  ended
+	}{
+		{time.Nanosecond, "50ms", oneFailure}, // the client's reset, of the same deadline
+		{20 * time.Millisecond, "50ms", oneFailure},
+		{20*time.Millisecond + 1, "50ms", oneNeutral},
+		{deadline, "50ms", oneNeutral},
+		{time.Nanosecond, "101ms", oneNeutral}, // it never had a chance
+	} {
+		t.Run(fmt.Sprint(tt.early, " ", tt.min), func(t *testing.T) {
+			eachServerArm(t, func(t *testing.T, a arm) {
+				g := mustGuard(t, "server: {rules: [{methods: ['*'], breaker: {min_deadline: "+tt.min+"}}]}")
+				ctx, cancel := context.WithTimeout(t.Context(), deadline)
+				time.AfterFunc(deadline-tt.early, cancel)
+				_ = a.byHand(ctx, g, func(ctx context.Context) error {
+					<-ctx.Done()
+					return status.FromContextError(ctx.Err()).Err()
+				})
+				wantEnded(t, g, a.sideOf(), a.method, tt.want)
 			})
 		})
 	}
@@ -338,6 +367,39 @@ func TestOutcomeOfSendMsg(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestOutcomeOfASendWhoseRetryCannotConnect(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const threeAttempts = `{"methodConfig": [{"name": [{}], "retryPolicy": {
+			"maxAttempts": 3, "initialBackoff": "1s", "maxBackoff": "1s", "backoffMultiplier": 1, "retryableStatusCodes": ["UNAVAILABLE"]}}]}`
+		g := mustGuard(t, "client: {rules: [{methods: ['*'], "+oneStream+"}]}")
+		srv, lis := rpctest.NewServer(&rpctest.Service{Stream: func(grpc.ServerStream) error { return status.Error(codes.Unavailable, "") }}), rpctest.Listen()
+		served := make(chan error)
+		go func() { served <- srv.Serve(lis) }()
+		conn := rpctest.Dial(t, lis, g.DialOptions(grpc.WithDefaultServiceConfig(threeAttempts))...)
+		s, err := rpctest.Open(t.Context(), conn, rpctest.Bidi)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		go func() { // during the backoff of the first retry
+			time.Sleep(time.Millisecond)
+			srv.Stop()
+			_ = lis.Close()
+		}()
+		for err == nil {
+			err = rpctest.Send(s, "")
+			synctest.Wait()
+		}
+		if err == io.EOF || status.Code(err) != codes.Unavailable {
+			t.Fatalf("Send: %v: the test proves nothing", err)
+		}
+		wantEnded(t, g, interceptors.Client, rpctest.Bidi, oneFailure)
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // stuckStream cannot send: its peer does not read.

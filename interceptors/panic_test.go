@@ -13,6 +13,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
@@ -28,6 +29,12 @@ import (
 type badError struct{}
 
 func (badError) Error() string { panic("secret in Error") }
+
+// strictError cannot be compared with an error of another type.
+type strictError struct{ code int }
+
+func (e *strictError) Error() string        { return "strict" }
+func (e *strictError) Is(target error) bool { return e.code == target.(*strictError).code }
 
 // crash is one way in which a handler goes wrong.
 type crash struct {
@@ -47,6 +54,7 @@ var crashes = []crash{
 	{"panic with an error that cannot be read", func() error { panic(badError{}) }, 1, badError{}},
 	{"returned error that cannot be read", func() error { return badError{} }, 1, "secret in Error"},
 	{"wrapped error that cannot be read", func() error { return lazyError{badError{}} }, 1, "secret in Error"},
+	{"returned error that cannot be compared", func() error { return &strictError{} }, 1, nil},
 	{"panic in a deferred function", func() error { defer func() { panic("secret") }(); return nil }, 1, "secret"},
 	{"panic in a deferred function of a panic", func() error { defer func() { panic("secret 2") }(); panic("secret 1") }, 1, "secret 2"},
 	{"Goexit", func() error { runtime.Goexit(); return nil }, 1, interceptors.ErrGoexit},
@@ -341,20 +349,68 @@ func TestPanicsAreRecoveredWithoutRules(t *testing.T) {
 	}
 }
 
-// Goexit leaves no stream behind that would hold up GracefulStop.
-func TestCase25_GoexitDoesNotHoldUpGracefulStop(t *testing.T) {
-	eachServerArm(t, func(t *testing.T, a arm) {
-		g := mustGuard(t, gatedServer)
-		srv, lis := rpctest.NewServer(bothKinds(func(context.Context, string) error { runtime.Goexit(); return nil }), g.ServerOptions()...), rpctest.Listen()
-		served := make(chan error)
-		go func() { served <- srv.Serve(lis) }()
-		conn := rpctest.Dial(t, lis)
-		if err := a.call(t.Context(), conn, ""); status.Code(err) != codes.Internal {
-			t.Error(err)
-		}
-		srv.GracefulStop()
-		if err := <-served; err != nil {
-			t.Error(err)
-		}
-	})
+// Goexit, whoever calls it, leaves no caller without an answer, no permit out,
+// and no stream that would hold up GracefulStop.
+func TestCase25_Goexit(t *testing.T) {
+	unavailable := func() error { return status.Error(codes.Unavailable, "") }
+	for name, c := range map[string]struct {
+		handler func() error
+		opt     interceptors.Option
+		limiter func()
+		panics  uint64
+	}{
+		"handler": {handler: func() error { runtime.Goexit(); return nil }, panics: 1},
+		"classifier": {
+			handler: unavailable,
+			opt: interceptors.WithClassifier(func(context.Context, interceptors.Side, string, error) interceptors.Outcome {
+				runtime.Goexit()
+				return interceptors.Success
+			}),
+			panics: 1,
+		},
+		"limiter": {limiter: runtime.Goexit, panics: 1},
+		"logger":  {handler: unavailable, opt: interceptors.WithLogger(slog.New(quitter{})), panics: 1}, // of the breaker that opens
+		"panic handler": {
+			handler: func() error { panic("secret") },
+			opt:     interceptors.WithPanicHandler(func(context.Context, string, any, []byte) { runtime.Goexit() }),
+			panics:  2,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			eachServerArm(t, func(t *testing.T, a arm) {
+				opts := []interceptors.Option{interceptors.WithLimiter("mine", limiterFunc(func(context.Context) error {
+					if c.limiter != nil {
+						c.limiter()
+					}
+					return nil
+				}))}
+				if c.opt != nil {
+					opts = append(opts, c.opt)
+				}
+				g := mustGuard(t, "server: {rules: [{methods: ['*'], timeout: 1h, stream_timeout: 1h, rate_limit: {external: mine}, "+placeForOne+"}]}", opts...)
+				srv, lis := rpctest.NewServer(bothKinds(func(context.Context, string) error { return c.handler() }), g.ServerOptions()...), rpctest.Listen()
+				served := make(chan error)
+				go func() { served <- srv.Serve(lis) }()
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				defer cancel()
+				if err := a.call(ctx, rpctest.Dial(t, lis), ""); status.Code(err) != codes.Internal || reasonOf(err) != "PANIC" {
+					t.Errorf("the client has %v, want INTERNAL", err)
+				}
+				srv.GracefulStop()
+				if err := <-served; err != nil {
+					t.Error(err)
+				}
+				if n := g.Snapshot().Panics; n != c.panics {
+					t.Errorf("%d panics counted, want %d", n, c.panics)
+				}
+				checkIdle(t, g)
+			})
+		})
+	}
 }
+
+// quitter is a slog.Handler that calls Goexit.
+type quitter struct{ slog.Handler }
+
+func (quitter) Enabled(context.Context, slog.Level) bool  { return true }
+func (quitter) Handle(context.Context, slog.Record) error { runtime.Goexit(); return nil }

@@ -2,6 +2,8 @@ package interceptors_test
 
 import (
 	"context"
+	"errors"
+	"log/slog"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -240,4 +242,70 @@ func TestCase13_ProbeRejectedByAnotherGate(t *testing.T) {
 			})
 		})
 	}
+}
+
+// answeringStream answers at once.
+type answeringStream struct {
+	grpc.ClientStream
+	onFinish func(error)
+}
+
+func (*answeringStream) RecvMsg(any) error { return nil }
+
+// hook is a slog.Handler that calls a function at one message.
+type hook struct {
+	slog.Handler
+	at string
+	f  func()
+}
+
+func (hook) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h hook) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == h.at {
+		h.f()
+	}
+	return nil
+}
+
+// In real time: a goroutine that waits for a lock stops the time of a bubble.
+func TestCase12_LoggerOfTheVerdictMayWaitForTheStreamsEnd(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	inner, logged := new(answeringStream), false
+	logger := slog.New(hook{at: "circuit breaker closed", f: func() {
+		logged = true
+		cancel()
+		over := make(chan struct{})
+		go func() { inner.onFinish(status.FromContextError(ctx.Err()).Err()); close(over) }()
+		select {
+		case <-over:
+		case <-time.After(10 * time.Second):
+			t.Error("the stream's end waits for the logger")
+		}
+	}})
+	g := mustGuard(t, "client: {rules: [{methods: ['*'], breaker: {request_volume_threshold: 1, sleep_window: 1ms}, concurrency_limit: {max_streams: 1}}]}", interceptors.WithLogger(logger))
+	open := func(result error) (grpc.ClientStream, error) {
+		return g.StreamClientInterceptor()(ctx, rpctest.StreamDesc(rpctest.Bidi), nil, rpctest.Bidi,
+			func(_ context.Context, _ *grpc.StreamDesc, _ *grpc.ClientConn, _ string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+				inner.onFinish = opts[0].(grpc.OnFinishCallOption).OnFinish
+				return inner, result
+			})
+	}
+	if _, err := open(status.Error(codes.Unavailable, "")); err == nil {
+		t.Fatal("no error")
+	}
+	s, err := open(nil)
+	for errors.Is(err, interceptors.ErrBreakerOpen) {
+		time.Sleep(time.Millisecond)
+		s, err = open(nil)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.RecvMsg(nil); err != nil || !logged {
+		t.Errorf("%v, logged %v", err, logged)
+	}
+	wantState(t, g, interceptors.Client, rpctest.Bidi, "closed")
+	wantEnded(t, g, interceptors.Client, rpctest.Bidi, ended{failure: 1, neutral: 1})
 }

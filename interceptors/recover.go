@@ -34,36 +34,13 @@ func newRecovers(g *Guard) recovers {
 	}
 }
 
-// runUnary runs the handler. It returns unless the handler called
-// runtime.Goexit, for which nobody answers the client: then it does.
-func (g *Guard) runUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	returned := false
-	defer func() {
-		if !returned {
-			g.goexited(ctx, info.FullMethod)
-		}
-	}()
-	resp, err := g.recovers.unary(ctx, req, info, handler)
-	returned = true
-	return resp, err
-}
-
-// runStream is runUnary for streams.
-func (g *Guard) runStream(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	returned := false
-	defer func() {
-		if !returned {
-			g.goexited(ss.Context(), info.FullMethod)
-		}
-	}()
-	err := g.recovers.stream(srv, ss, info, handler)
-	returned = true
-	return err
-}
-
-// goexited answers for a handler that cannot. The status is deferred, because the
-// panic handler may call runtime.Goexit too.
-func (g *Guard) goexited(ctx context.Context, method string) {
+// goexited, deferred, answers for a handler or a callback that called
+// runtime.Goexit: nobody else would. The status is deferred, because the panic
+// handler may call it too.
+func (g *Guard) goexited(ctx context.Context, method string, returned *bool) {
+	if *returned {
+		return
+	}
 	err := newPanicError(method)
 	defer writeStatus(ctx, err.GRPCStatus())
 	g.report(ctx, err, ErrGoexit)
@@ -120,7 +97,10 @@ func (g *Guard) settle(ctx context.Context, err error) (answer error) {
 			answer = g.panicked(ctx, method, p)
 		}
 	}()
-	st, _ := status.FromError(err)
+	st, ok := status.FromError(err)
+	if !ok {
+		st = status.FromContextError(err) // as gRPC will: it calls err's Is method
+	}
 	var rejected *RejectedError
 	if !errors.As(err, &rejected) || rejected.Side != Client {
 		return err

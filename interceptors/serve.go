@@ -22,23 +22,27 @@ import (
 // handshake can hold up a drain.
 const handshakeTimeout = 5 * time.Second
 
+// maxNamed is how many of the calls that a drain cuts are named, the oldest
+// first: a server may have any number of them.
+const maxNamed = 20
+
 // Serve serves srv on the listeners until ctx ends, a signal comes (see
 // WithSignals), Drain is called or a listener fails, then drains as the policy's
 // server.drain says and returns. It registers a health service unless srv has
-// one; so srv must not be serving already. The listeners are closed when it
-// returns.
+// one; so srv must not be serving already: gRPC would end the process. The
+// listeners are closed when it returns.
 //
 // SIGTERM, and the end of ctx, start the full drain: announce, grace, cut.
 // SIGINT skips announce, and a SIGINT during a drain cuts at once; a second
 // SIGTERM is ignored. (After the end of ctx the first SIGINT only skips announce:
 // it may be what ended ctx, by way of signal.NotifyContext.) The error is nil
-// after a drain that cut nothing; otherwise it lists the calls that were cut,
-// and what failed.
+// after a drain that cut nothing; otherwise it lists the calls that were cut (the
+// 20 oldest, and how many more there were), and what failed.
 //
 // A guard drains once, all of its servers together: a drain of one makes every
 // other Serve of the guard drain, and Serve refuses to start after it.
 func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener) error {
-	if err := g.prepare(srv, lis); err != nil {
+	if err := g.prepare(ctx, srv, lis); err != nil {
 		for _, l := range lis {
 			if l != nil {
 				_ = l.Close()
@@ -46,6 +50,7 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 		}
 		return err
 	}
+	g.drain.servers.Add(1)
 	signals := make(chan os.Signal, 8)
 	if len(g.opts.signals) > 0 {
 		signal.Notify(signals, g.opts.signals...)
@@ -63,17 +68,17 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 	alive, patient := len(lis), false
 	select {
 	case <-ctx.Done():
-		g.opts.logger.Info("drain begins", "cause", "context ended")
+		g.log(slog.LevelInfo, "drain begins", slog.String("cause", "context ended"))
 		patient = true
 	case s := <-signals:
-		g.opts.logger.Info("drain begins", "cause", s.String())
+		g.log(slog.LevelInfo, "drain begins", slog.String("cause", s.String()))
 		if s == os.Interrupt {
 			skip()
 		}
 	case <-g.drain.asked:
-		g.opts.logger.Info("drain begins", "cause", "asked to")
+		g.log(slog.LevelInfo, "drain begins", slog.String("cause", "asked to"))
 	case failed = <-served:
-		g.opts.logger.Error("drain begins", "cause", "a listener stopped", "error", failed)
+		g.log(slog.LevelError, "drain begins", slog.String("cause", "a listener stopped"), slog.Any("error", failed))
 		alive--
 		if alive == 0 || failed == nil || errors.Is(failed, grpc.ErrServerStopped) {
 			skip() // nobody is served who could be told
@@ -110,15 +115,20 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 
 // Shutdown drains srv as the policy's server.drain says, for those who call
 // srv.Serve themselves; when ctx ends, what still runs is cut at once. The error
-// is nil if nothing was cut, otherwise it lists the calls that were. Called from
-// a handler it would wait for that handler: use Drain there.
+// is nil if nothing was cut, otherwise it lists the calls that were, as that of
+// Serve does. Called from a handler it would wait for that handler: use Drain
+// there.
 func (g *Guard) Shutdown(ctx context.Context, srv *grpc.Server) error {
 	if err := g.usable(); err != nil {
 		return err
 	}
-	if srv == nil {
+	switch {
+	case ctx == nil:
+		return errors.New("interceptors: Shutdown: the context is nil")
+	case srv == nil:
 		return errors.New("interceptors: Shutdown: the server is nil")
 	}
+	g.drain.servers.Add(1)
 	_, err := g.shutDown(ctx, ctx, srv)
 	return err
 }
@@ -139,28 +149,41 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv *grpc.Server) (c
 		close(ended)
 	}()
 	if wait(cutNow, g.drain.policy.Grace, ended) {
-		g.enter(stopped)
+		g.stopped()
 		return true, nil
 	}
 
 	g.enter(cutting)
 	calls := g.inflight.running(g.now())
-	for _, c := range calls {
-		g.opts.logger.Warn("drain cuts a call", "method", c.method, "age", c.age, "peer", c.peer)
+	// Before the log, which may be slow.
+	go srv.Stop() // waits for handshakes
+	slices.SortFunc(calls, func(a, b runningCall) int { return cmp.Compare(b.age, a.age) })
+	named, more := oldest(calls)
+	for _, c := range named {
+		g.log(slog.LevelWarn, "drain cuts a call", slog.String("method", c.method), slog.Duration("age", c.age), slog.String("peer", c.peer))
+	}
+	if more > 0 {
+		g.log(slog.LevelWarn, "drain cuts more calls", slog.Int("calls", more))
 	}
 	g.metrics.aborted(len(calls))
-	go srv.Stop() // waits for handshakes
 	complete = wait(context.Background(), g.drain.policy.Cut, ended)
-	g.enter(stopped)
+	g.stopped()
 	if !complete {
-		g.opts.logger.Error("drain abandons handlers that ignore their context", "calls", g.inflight.count())
+		g.log(slog.LevelError, "drain abandons handlers that ignore their context", slog.Int("calls", g.inflight.count()))
 	}
 	return complete, cutError(calls)
 }
 
 func (g *Guard) enter(p phase) {
 	if g.drain.advance(p, g.now()) {
-		g.opts.logger.LogAttrs(context.Background(), slog.LevelInfo, "drain", slog.String("phase", p.String()), slog.Int("in_flight", g.inflight.count()))
+		g.log(slog.LevelInfo, "drain", slog.String("phase", p.String()), slog.Int("in_flight", g.inflight.count()))
+	}
+}
+
+// stopped is the end of one server's drain, and of the guard's with the last.
+func (g *Guard) stopped() {
+	if g.drain.servers.Add(-1) == 0 {
+		g.enter(stopped)
 	}
 }
 
@@ -177,24 +200,35 @@ func wait(ctx context.Context, d time.Duration, ended <-chan struct{}) bool {
 	return false
 }
 
+// oldest returns those of sorted calls that are named, and how many are not.
+func oldest(calls []runningCall) (named []runningCall, more int) {
+	n := min(len(calls), maxNamed)
+	return calls[:n], len(calls) - n
+}
+
 func cutError(calls []runningCall) error {
 	if len(calls) == 0 {
 		return nil
 	}
-	slices.SortFunc(calls, func(a, b runningCall) int { return cmp.Compare(b.age, a.age) })
-	lines := make([]string, len(calls))
-	for i, c := range calls {
-		lines[i] = fmt.Sprintf("%s (age %v, peer %s)", c.method, roundUp(c.age), c.peer)
+	var lines []string
+	named, more := oldest(calls)
+	for _, c := range named {
+		lines = append(lines, fmt.Sprintf("%s (age %v, peer %s)", c.method, roundUp(c.age), c.peer))
+	}
+	if more > 0 {
+		lines = append(lines, fmt.Sprintf("and %d more", more))
 	}
 	return fmt.Errorf("interceptors: the drain cut %d calls: %s", len(calls), strings.Join(lines, ", "))
 }
 
 // prepare checks what Serve was given, and registers the health service.
-func (g *Guard) prepare(srv *grpc.Server, lis []net.Listener) error {
+func (g *Guard) prepare(ctx context.Context, srv *grpc.Server, lis []net.Listener) error {
 	if err := g.usable(); err != nil {
 		return err
 	}
 	switch {
+	case ctx == nil:
+		return errors.New("interceptors: Serve: the context is nil")
 	case srv == nil:
 		return errors.New("interceptors: Serve: the server is nil")
 	case len(lis) == 0:
@@ -204,6 +238,8 @@ func (g *Guard) prepare(srv *grpc.Server, lis []net.Listener) error {
 	case g.drain.phase() == stopped:
 		return errors.New("interceptors: Serve: the guard has drained; a new server needs a new guard")
 	}
+	g.drain.preparing.Lock()
+	defer g.drain.preparing.Unlock()
 	if _, ok := srv.GetServiceInfo()[healthService]; !ok {
 		healthpb.RegisterHealthServer(srv, health.NewServer())
 	}

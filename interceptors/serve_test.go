@@ -3,8 +3,11 @@ package interceptors_test
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"net"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -83,6 +86,58 @@ func TestOneDrainForAllServersOfAGuard(t *testing.T) {
 	})
 }
 
+// The guard has stopped with the last of its servers, however each was run.
+func TestTheGuardStopsWithTheLastOfItsServers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := serveDrain(t, drainPolicy, stuck())
+		idle := &running{guard: r.guard, srv: rpctest.NewServer(&rpctest.Service{}, r.guard.ServerOptions()...), lis: rpctest.Listen()}
+		idle.serve(t)
+		call := hold(t, arms[2], r.conn)
+		if err := r.guard.Serve(t.Context(), nil); err == nil {
+			t.Error("Serve has no server to serve")
+		}
+		r.stop()
+		if took, err := idle.wait(); err != nil || took != 5*time.Second {
+			t.Errorf("the idle server: %v after %v", err, took)
+		}
+		if err := r.guard.Shutdown(t.Context(), grpc.NewServer()); err != nil {
+			t.Errorf("one that never served: %v", err)
+		}
+		if got := phaseOf(r.guard); got != "grace" {
+			t.Errorf("the busy server is in grace, the phase is %s", got)
+		}
+		if took, err := r.wait(); err == nil || took != 15*time.Second {
+			t.Errorf("the busy server: %v, %v later", err, took)
+		}
+		if got := phaseOf(r.guard); got != "stopped" {
+			t.Errorf("all have ended, the phase is %s", got)
+		}
+		<-call
+	})
+}
+
+// Of two at the same time only one may register health, and none while the
+// other serves: gRPC would end the process.
+func TestCase34_ServeTwiceAtTheSameTime(t *testing.T) {
+	for range 20 {
+		g := mustGuard(t, "server: {drain: {announce: 0s}}", interceptors.WithSignals())
+		srv := grpc.NewServer(g.ServerOptions()...)
+		for i := range 300 { // Serve goes through them all before it registers
+			srv.RegisterService(&grpc.ServiceDesc{ServiceName: fmt.Sprint("test.v1.S", i)}, nil)
+		}
+		g.Drain()
+		var serves sync.WaitGroup
+		for range 4 {
+			serves.Go(func() {
+				if err := g.Serve(t.Context(), srv, rpctest.Listen()); err != nil && !errors.Is(err, grpc.ErrServerStopped) && !strings.Contains(err.Error(), "the guard has drained") {
+					t.Error(err)
+				}
+			})
+		}
+		serves.Wait()
+	}
+}
+
 func TestCase34_ServeTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := serveDrain(t, drainPolicy, &rpctest.Service{})
@@ -138,17 +193,19 @@ func TestServeRefusesBadInput(t *testing.T) {
 	}
 	for name, c := range map[string]struct {
 		guard *interceptors.Guard
+		ctx   context.Context
 		srv   *grpc.Server
 		want  string
 	}{
-		"nil guard":    {nil, grpc.NewServer(), "nil *Guard"},
-		"closed guard": {closed, grpc.NewServer(), "the guard is closed"},
-		"nil server":   {guard, nil, "the server is nil"},
+		"nil guard":    {nil, t.Context(), grpc.NewServer(), "nil *Guard"},
+		"closed guard": {closed, t.Context(), grpc.NewServer(), "the guard is closed"},
+		"nil context":  {guard, nil, grpc.NewServer(), "the context is nil"},
+		"nil server":   {guard, t.Context(), nil, "the server is nil"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			lis := rpctest.Listen()
-			wantServeError(t, c.guard.Serve(t.Context(), c.srv, lis, nil), lis, c.want)
-			if err := c.guard.Shutdown(t.Context(), c.srv); err == nil || !strings.Contains(err.Error(), c.want) {
+			wantServeError(t, c.guard.Serve(c.ctx, c.srv, lis, nil), lis, c.want)
+			if err := c.guard.Shutdown(c.ctx, c.srv); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("Shutdown returned %v, want %q", err, c.want)
 			}
 		})
@@ -266,6 +323,40 @@ func TestTheServerIsStoppedBySomebodyElse(t *testing.T) {
 				if err := <-served; !errors.Is(err, c.want) || time.Since(began) != 0 {
 					t.Errorf("Serve returned %v after %v, want %v at once", err, time.Since(began), c.want)
 				}
+			})
+		})
+	}
+}
+
+func TestTheDrainSurvivesALoggerThatPanics(t *testing.T) {
+	for name, c := range map[string]struct {
+		service *rpctest.Service
+		after   time.Duration
+		want    string // in the error
+	}{
+		"nothing is cut": {&rpctest.Service{}, 5 * time.Second, ""},
+		"a call is cut":  {stuck(), 20 * time.Second, "the drain cut 1 calls"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := mustGuard(t, drainPolicy, interceptors.WithSignals(), interceptors.WithLogger(slog.New(minedHandler{})))
+				srv, lis := rpctest.NewServer(c.service, g.ServerOptions()...), rpctest.Listen()
+				ctx, stop := context.WithCancel(t.Context())
+				var err error
+				served := make(chan any)
+				go func() { served <- survive(func() { err = g.Serve(ctx, srv, lis) }) }()
+				call := hold(t, arms[2], rpctest.Dial(t, lis))
+				stop()
+				began := time.Now()
+				if p := <-served; p != nil {
+					srv.Stop()
+					t.Fatalf("%v came through", p)
+				}
+				if took := time.Since(began); took != c.after || (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+					t.Errorf("Serve returned %v after %v, want %q after %v", err, took, c.want, c.after)
+				}
+				<-call
+				checkIdle(t, g)
 			})
 		})
 	}

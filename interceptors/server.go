@@ -36,18 +36,25 @@ func (g *Guard) StreamServerInterceptor() grpc.StreamServerInterceptor {
 	return g.streamServer
 }
 
-func (g *Guard) unaryServer(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, _ error) {
+func (g *Guard) unaryServer(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	now := g.now()
 	rec := g.inflight.begin(ctx, &info.FullMethod, now)
 	defer rec.end()
+	returned := false
+	defer g.goexited(ctx, info.FullMethod, &returned)
+	resp, err := g.guardUnary(ctx, now, req, info, handler)
+	returned = true
+	return resp, err
+}
 
+func (g *Guard) guardUnary(ctx context.Context, now time.Duration, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (resp any, _ error) {
 	m, err := g.admitServer(info.FullMethod)
 	if err != nil {
 		return nil, err
 	}
 	if m == nil {
-		resp, err = g.runUnary(ctx, req, info, handler)
-		return g.answer(resp), g.settle(ctx, err)
+		resp, err = g.recovers.unary(ctx, req, info, handler)
+		return g.answer(info.FullMethod, resp), g.settle(ctx, err)
 	}
 	c := call{guard: g, gates: m, method: info.FullMethod}
 	if err := c.admit(ctx, now); err != nil {
@@ -59,16 +66,23 @@ func (g *Guard) unaryServer(ctx context.Context, req any, info *grpc.UnaryServer
 	}
 	e := ending{unwound: true}
 	defer func() { c.end(ctx, &e) }()
-	resp, err = g.runUnary(ctx, req, info, handler)
+	resp, err = g.recovers.unary(ctx, req, info, handler)
 	e.err, e.unwound = err, false
-	return g.answer(resp), g.settle(ctx, err)
+	return g.answer(info.FullMethod, resp), g.settle(ctx, err)
 }
 
 func (g *Guard) streamServer(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	ctx, now := ss.Context(), g.now()
 	rec := g.inflight.begin(ctx, &info.FullMethod, now)
 	defer rec.end()
+	returned := false
+	defer g.goexited(ctx, info.FullMethod, &returned)
+	err := g.guardStream(ctx, now, srv, ss, info, handler)
+	returned = true
+	return err
+}
 
+func (g *Guard) guardStream(ctx context.Context, now time.Duration, srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	m, err := g.admitServer(info.FullMethod)
 	if err != nil {
 		return err
@@ -79,21 +93,22 @@ func (g *Guard) streamServer(srv any, ss grpc.ServerStream, info *grpc.StreamSer
 		ss = watch
 	}
 	if m == nil {
-		return g.settle(ctx, g.runStream(srv, ss, info, handler))
+		return g.settle(ctx, g.recovers.stream(srv, ss, info, handler))
 	}
 	c := call{guard: g, gates: m, method: info.FullMethod, stream: true}
 	if err := c.admit(ctx, now); err != nil {
 		return refused(ctx, err)
 	}
-	s := &serverStream{ServerStream: ss, call: c, probing: c.ticket.Probe()}
+	s := &serverStream{ServerStream: ss, streamCall: streamCall{call: c}, probing: c.ticket.Probe()}
 	var cancel context.CancelFunc
 	if s.ctx, cancel = c.withTimeout(ctx); cancel != nil {
 		defer cancel()
+		s.timed = true
 		defer s.endInTime()()
 	}
 	e := ending{unwound: true}
 	defer func() { s.end(e) }()
-	err = g.runStream(srv, s, info, handler)
+	err = g.recovers.stream(srv, s, info, handler)
 	if cancel != nil && s.ctx.Err() == context.DeadlineExceeded {
 		err = errStreamTimeout // whatever the handler made of its transport's end
 	}
@@ -148,11 +163,11 @@ func refused(ctx context.Context, err error) error {
 type serverStream struct {
 	grpc.ServerStream
 	ctx     context.Context // the stream's, with stream_timeout
-	probing bool            // of SendMsg alone, which is never called concurrently
+	probing bool            // of SendMsg alone, which is never called concurrently,
+	timed   bool            // endInTime may end it
+	wire    wire
 
-	mu    sync.Mutex // guards ended, and call until ended is set
-	ended bool
-	call  call
+	streamCall
 }
 
 // Context returns the stream's context, which ends at stream_timeout.
@@ -161,23 +176,22 @@ func (s *serverStream) Context() context.Context { return s.ctx }
 // SendMsg makes the first response of a half-open probe its verdict: a stream
 // may live for days.
 func (s *serverStream) SendMsg(m any) error {
+	if s.timed {
+		if err := s.wire.open(s.ServerStream); err != nil {
+			return err
+		}
+	}
 	err := s.ServerStream.SendMsg(m)
 	if s.probing && err == nil {
 		s.probing = false
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if !s.ended {
-			s.call.verdict(Success, s.call.guard.now())
-		}
+		s.answered()
 	}
 	return err
 }
 
 // end is the end of the handler; a goroutine of it may still be in SendMsg.
 func (s *serverStream) end(e ending) {
-	s.mu.Lock()
-	s.ended = true
-	s.mu.Unlock()
+	s.over()
 	s.call.end(s.ctx, &e)
 }
 
@@ -188,7 +202,7 @@ var errStreamTimeout = status.Error(codes.DeadlineExceeded, "the stream lived fo
 func (s *serverStream) endInTime() (stop func() bool) {
 	return context.AfterFunc(s.ctx, func() {
 		if s.ctx.Err() == context.DeadlineExceeded {
-			writeStatus(s.ServerStream.Context(), status.Convert(errStreamTimeout))
+			s.wire.end(s.ServerStream.Context(), status.Convert(errStreamTimeout))
 		}
 	})
 }
@@ -201,4 +215,33 @@ func writeStatus(ctx context.Context, st *status.Status) {
 	}); ok {
 		_ = ts.WriteStatus(st) // fails only if the connection is gone
 	}
+}
+
+// wire orders the headers of a stream and a status from outside of its handler.
+// gRPC does not: a first message that is sent meanwhile would overtake them.
+type wire struct {
+	mu     sync.Mutex
+	opened bool
+	ended  *status.Status
+}
+
+// open sends the headers, unless the stream has been ended.
+func (w *wire) open(ss grpc.ServerStream) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ended != nil {
+		return w.ended.Err()
+	}
+	if !w.opened {
+		w.opened = true
+		_ = ss.SendHeader(nil) // fails if the handler has sent them
+	}
+	return nil
+}
+
+func (w *wire) end(ctx context.Context, st *status.Status) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ended = st
+	writeStatus(ctx, st)
 }

@@ -75,8 +75,8 @@ type DrainSnapshot struct {
 func (s Side) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
 // Snapshot returns the state of every method that was called, and of the drain.
-// It takes no lock that a call waits for, but it is not free: for people and
-// dashboards, not for the path of a call. On a nil guard it is empty.
+// It is for people and dashboards, not for the path of a call: it takes the
+// gates' locks one after the other. On a nil guard it is empty.
 func (g *Guard) Snapshot() Snapshot {
 	if g == nil {
 		return Snapshot{}
@@ -101,6 +101,7 @@ func (g *Guard) states() []*gates {
 	var all []*gates
 	for _, s := range []*side{g.client, g.server} {
 		s.mu.Lock()
+		s.sweepLocked(g.now())
 		seen := map[*target]bool{} // one target may be known under several names
 		for _, t := range *s.targets.Load() {
 			if !seen[t] {

@@ -193,6 +193,48 @@ func TestMethodsBeyondTheCap(t *testing.T) {
 	}
 }
 
+func TestRulesOfOneNameBeyondTheCap(t *testing.T) {
+	g := mustGuard(t, `server: {rules: [
+		{name: same, methods: ["/a.A/*"], rate_limit: {requests_per_second: 0.001, burst: 1}},
+		{name: same, methods: ["/b.B/*"], rate_limit: {requests_per_second: 0.001, burst: 2}}]}`)
+	for i := range maxStates {
+		_ = serveOn(g, fmt.Sprintf("/a.A/M%d", i), nil)
+	}
+	for _, call := range []struct {
+		method string
+		passes bool
+	}{{"/a.A/X", true}, {"/a.A/Y", false}, {"/b.B/X", true}, {"/b.B/Y", true}, {"/b.B/Z", false}} {
+		if err := serveOn(g, call.method, nil); (err == nil) != call.passes {
+			t.Errorf("%s: %v, want it to pass: %v", call.method, err, call.passes)
+		}
+	}
+	if n := len(others(g)); n != 2 {
+		t.Errorf("%d states of others, want one for each rule", n)
+	}
+	checkIdle(t, g)
+}
+
+func TestNamesThatAreNotUTF8AreNotKept(t *testing.T) {
+	for _, side := range []string{"client", "server"} {
+		t.Run(side, func(t *testing.T) {
+			g := mustGuard(t, side+": {rules: [{methods: ['*'], breaker: {}, concurrency_limit: {max_in_flight: 1}}]}")
+			cc := channel(t, "example.com")
+			for _, method := range []string{"/a.A/\xff", "/a.A/\xc3", "/\xed\xa0\x80/M", "/a.A/ü"} {
+				if err := callOn(g, cc, method, nil); side == "client" && err != nil {
+					t.Errorf("%q: %v", method, err)
+				}
+				if err := serveOn(g, method, nil); side == "server" && err != nil {
+					t.Errorf("%q: %v", method, err)
+				}
+			}
+			if all, o := g.Snapshot().Methods, others(g); len(all) != 2 || len(o) != 1 || o[0].Counts.Success != 3 {
+				t.Errorf("%d states, %d of others; want that of /a.A/ü and one for the others", len(all), len(o))
+			}
+			checkIdle(t, g)
+		})
+	}
+}
+
 func TestTargetsBeyondTheCap(t *testing.T) {
 	g := mustGuard(t, "client: "+capped)
 	for i := range maxStates {
@@ -321,6 +363,38 @@ func TestIdleTargetsAreForgotten(t *testing.T) {
 			t.Error("no state")
 		}
 		checkIdle(t, g)
+	})
+}
+
+func TestIdleTargetsAreForgottenByASnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, "client: {rules: [{methods: ['*'], minimum_budget: 1h, breaker: {}}]}")
+		for i := range 3 {
+			_ = callOn(g, channel(t, fmt.Sprint("passthrough:///", i)), rpctest.Unary, nil)
+		}
+		refused := channel(t, "passthrough:///refused")
+		refuse := func() {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			if err := g.UnaryClientInterceptor()(ctx, rpctest.Unary, nil, nil, refused, nil); !errors.Is(err, interceptors.ErrBudgetTooSmall) {
+				t.Fatal(err)
+			}
+		}
+		for i, want := range []int{4, 4, 1, 1, 1} { // the first look comes after a minute
+			refuse()
+			m := g.Snapshot().Methods
+			if len(m) != want {
+				t.Fatalf("look %d: %d states, want %d", i, len(m), want)
+			}
+			// A target whose calls are all rejected is in use.
+			if n := m[len(m)-1].Counts.Rejected[interceptors.ReasonBudgetTooSmall]; n != uint64(i+1) {
+				t.Errorf("look %d: %d rejections, want %d", i, n, i+1)
+			}
+			time.Sleep(time.Minute)
+		}
+		if m := g.Snapshot().Methods; len(m) != 0 {
+			t.Errorf("%+v is idle", m)
+		}
 	})
 }
 

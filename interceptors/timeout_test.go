@@ -334,3 +334,50 @@ func TestMinimumBudgetAfterAWait(t *testing.T) {
 		})
 	}
 }
+
+// A call waits for a place for no longer than it may run.
+func TestTimeoutBoundsTheWaitForAPlace(t *testing.T) {
+	for _, tt := range []struct {
+		wait  string // max_queue_wait
+		want  time.Duration
+		retry time.Duration
+	}{
+		{"", time.Second, 100 * time.Millisecond},
+		{", max_queue_wait: 1m", time.Second, time.Minute},
+		{", max_queue_wait: 300ms", 300 * time.Millisecond, 300 * time.Millisecond},
+	} {
+		t.Run("max_queue"+tt.wait, func(t *testing.T) {
+			eachArm(t, func(t *testing.T, a arm) {
+				g := mustGuard(t, a.side+": {rules: [{methods: ['*'], concurrency_limit: {max_in_flight: 1, max_streams: 1, max_queue: 3"+tt.wait+"}, timeout: 1s, stream_timeout: 1s}]}")
+				deaf := make(chan struct{}) // to its timeout: it keeps the only place
+				go func() {
+					_ = a.byHand(context.Background(), g, func(context.Context) error { <-deaf; return nil })
+				}()
+				synctest.Wait()
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				defer cancel()
+				began := time.Now()
+				err := a.byHand(ctx, g, func(context.Context) error { t.Error("it passed"); return nil })
+				if took := time.Since(began); took != tt.want || reasonOf(err) != interceptors.ReasonQueueTimeout || retryInfo(err) != tt.retry {
+					t.Errorf("after %v: %v, retry in %v; want QUEUE_TIMEOUT after %v, retry in %v", took, err, retryInfo(err), tt.want, tt.retry)
+				}
+				close(deaf)
+				synctest.Wait()
+				checkIdle(t, g)
+			})
+		})
+	}
+}
+
+func TestMinimumBudgetNamesTheRuleThatGaveIt(t *testing.T) {
+	eachArm(t, func(t *testing.T, a arm) {
+		g := mustGuard(t, a.side+": {rules: [{name: all, methods: ['*'], minimum_budget: 1s}, {name: service, methods: ['/test.v1.Test/*'], timeout: 5s}]}")
+		ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+		defer cancel()
+		err := a.byHand(ctx, g, func(context.Context) error { t.Error("it passed"); return nil })
+		if r, ok := errors.AsType[*interceptors.RejectedError](err); !ok || r.Reason != interceptors.ReasonBudgetTooSmall || r.Rule != "all" {
+			t.Errorf("%v, want a rejection by the rule all", err)
+		}
+		checkIdle(t, g)
+	})
+}

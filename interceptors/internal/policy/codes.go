@@ -17,9 +17,9 @@ const codeUnknown = 2
 // failureCodes can be failures: neither a success nor the caller's own cancel is one.
 var failureCodes = codes[codeUnknown:]
 
-// defaultFailureCodes say that the service is unwell: UNKNOWN, DEADLINE_EXCEEDED,
-// INTERNAL, UNAVAILABLE, DATA_LOSS.
-const defaultFailureCodes = 1<<codeUnknown | 1<<4 | 1<<13 | 1<<14 | 1<<15
+// DefaultFailureCodes say that the service is unwell: UNKNOWN, DEADLINE_EXCEEDED,
+// INTERNAL, UNAVAILABLE, DATA_LOSS. Bit n stands for gRPC's code n.
+const DefaultFailureCodes = 1<<codeUnknown | 1<<4 | 1<<13 | 1<<14 | 1<<15
 
 // codeNumber returns the number of a code by its name in any case; -1: there
 // is none. CANCELED is Go's spelling.

@@ -145,6 +145,9 @@ func TestEffectiveAgainstModel(t *testing.T) {
 			got := table.Effective(method)
 			if want != nil && got != nil {
 				want.Rule = names["methods"]
+				if want.MinimumBudget > 0 {
+					want.BudgetRule = names["minimum_budget"]
+				}
 				if want.Breaker != nil {
 					want.Breaker.Rule = names["breaker"]
 				}

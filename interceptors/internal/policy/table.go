@@ -19,8 +19,9 @@ type Table struct {
 	services map[string]*entry // by "/pkg.Service/"
 	star     *entry            // nil: no rule for "*"
 
-	// What applies to the methods that no exact pattern names, made once: it is
-	// the same for all methods of a service, and for all others.
+	// What applies, made once: to the methods that an exact pattern names, to the
+	// others of a service, to all others.
+	byMethod  map[string]*Effective
 	byService map[string]*Effective
 	byStar    *Effective
 }
@@ -52,6 +53,10 @@ func NewTable(rules []*resiliencev1.MethodPolicy) *Table {
 			}
 		}
 	}
+	t.byMethod = make(map[string]*Effective, len(t.exact))
+	for method := range t.exact {
+		t.byMethod[method] = t.effective(method)
+	}
 	t.byService = make(map[string]*Effective, len(t.services))
 	for service := range t.services {
 		t.byService[service] = t.effective(service)
@@ -79,7 +84,7 @@ func (t *Table) Effective(method string) *Effective {
 	service := method[:strings.LastIndexByte(method, '/')+1]
 	switch {
 	case t.exact[method] != nil:
-		return t.effective(method)
+		return t.byMethod[method]
 	case t.services[service] != nil:
 		return t.byService[service]
 	case strings.HasPrefix(method, "/grpc."):
@@ -110,7 +115,9 @@ func (t *Table) effective(method string) *Effective {
 		Rule:          chain[0].name,
 		Timeout:       inheritDuration(chain, (*resiliencev1.MethodPolicy).GetTimeout),
 		StreamTimeout: inheritDuration(chain, (*resiliencev1.MethodPolicy).GetStreamTimeout),
-		MinimumBudget: inheritDuration(chain, (*resiliencev1.MethodPolicy).GetMinimumBudget),
+	}
+	if d, from := inherit(chain, (*resiliencev1.MethodPolicy).GetMinimumBudget); d.AsDuration() > 0 {
+		e.MinimumBudget, e.BudgetRule = d.AsDuration(), from.name
 	}
 	if b, from := inherit(chain, (*resiliencev1.MethodPolicy).GetBreaker); b != nil && !b.GetDisabled() {
 		e.Breaker = newBreaker(b, from, e.Timeout)
@@ -148,6 +155,7 @@ type Effective struct {
 	Timeout       time.Duration // unary calls; 0: none
 	StreamTimeout time.Duration // 0: none
 	MinimumBudget time.Duration // 0: none
+	BudgetRule    string        // the rule that gave it; "": none
 	Breaker       *Breaker      // nil: none
 	RateLimit     *RateLimit    // nil: none
 	Concurrency   *Concurrency  // nil: none
@@ -183,7 +191,7 @@ func newBreaker(b *resiliencev1.Breaker, from *entry, timeout time.Duration) *Br
 		Lease:          max(sleep, timeout),
 		MinDeadline:    durationOr(b.MinDeadline, 50*time.Millisecond),
 		SlowCall:       b.SlowCallThreshold.AsDuration(),
-		FailureCodes:   defaultFailureCodes,
+		FailureCodes:   DefaultFailureCodes,
 	}
 	if len(b.FailureCodes) > 0 {
 		e.FailureCodes = 0

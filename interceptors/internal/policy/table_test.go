@@ -27,8 +27,8 @@ func (e *Effective) String() string {
 	if e == nil {
 		return "nil"
 	}
-	return fmt.Sprintf("{%s %v %v %v %+v %+v %+v}",
-		e.Rule, e.Timeout, e.StreamTimeout, e.MinimumBudget, e.Breaker, e.RateLimit, e.Concurrency)
+	return fmt.Sprintf("{%s %v %v %v %s %+v %+v %+v}",
+		e.Rule, e.Timeout, e.StreamTimeout, e.MinimumBudget, e.BudgetRule, e.Breaker, e.RateLimit, e.Concurrency)
 }
 
 func TestEffectiveDefaults(t *testing.T) {
@@ -60,7 +60,7 @@ func TestEffectiveEveryField(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &Effective{
-		Rule: "everything", Timeout: 2 * time.Second, StreamTimeout: time.Hour, MinimumBudget: 5 * time.Millisecond,
+		Rule: "everything", Timeout: 2 * time.Second, StreamTimeout: time.Hour, MinimumBudget: 5 * time.Millisecond, BudgetRule: "everything",
 		Breaker: &Breaker{
 			Rule: "everything", ErrorPercent: 25, RequestVolume: 7, Probes: 3, SlowPercent: 80,
 			Window: 90 * time.Second, SleepWindow: 2500 * time.Millisecond, MaxSleepWindow: time.Hour,
@@ -104,7 +104,7 @@ func TestInheritance(t *testing.T) {
       stream_timeout: 5m
 `)
 	place := table.Effective("/a.B/Place")
-	if place.Rule != "/a.B/Place" || place.Timeout != 0 || place.StreamTimeout != 5*time.Minute || place.MinimumBudget != 3*time.Millisecond {
+	if place.Rule != "/a.B/Place" || place.Timeout != 0 || place.StreamTimeout != 5*time.Minute || place.MinimumBudget != 3*time.Millisecond || place.BudgetRule != "*" {
 		t.Errorf("Place: %v", place)
 	}
 	if b := place.Breaker; b.Rule != "/a.B/Place" || b.ErrorPercent != 25 || b.RequestVolume != 20 {
@@ -252,13 +252,13 @@ func TestCase30_StarNeverMatchesGRPC(t *testing.T) {
       rate_limit: {requests_per_second: 1}
 `)
 	want := &Effective{
-		Rule: "/grpc.health.v1.Health/Check", MinimumBudget: time.Millisecond,
+		Rule: "/grpc.health.v1.Health/Check", MinimumBudget: time.Millisecond, BudgetRule: "/grpc.health.v1.Health/*",
 		RateLimit: &RateLimit{Rule: "/grpc.health.v1.Health/Check", Rate: 1, Burst: 1},
 	}
 	if got := named.Effective(want.Rule); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %v\nwant %v", got, want)
 	}
-	want = &Effective{Rule: "/grpc.health.v1.Health/*", MinimumBudget: time.Millisecond}
+	want = &Effective{Rule: "/grpc.health.v1.Health/*", MinimumBudget: time.Millisecond, BudgetRule: "/grpc.health.v1.Health/*"}
 	if got := named.Effective("/grpc.health.v1.Health/Watch"); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %v\nwant %v", got, want)
 	}

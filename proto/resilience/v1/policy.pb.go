@@ -343,7 +343,7 @@ func (x *ServerPolicy) GetDrain() *Drain {
 // ("/pkg.Service/Method", then "/pkg.Service/*", then "*").
 type MethodPolicy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Shown in errors and metrics. Default: the pattern that matched. At most 100
+	// Shown in errors and logs. Default: the pattern that matched. At most 100
 	// characters.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Patterns: "/pkg.Service/Method", "/pkg.Service/*" or "*". At least one. The
@@ -733,7 +733,7 @@ type ConcurrencyLimit struct {
 	// streams each). Default: 0, reject at once. Range: 0 to 1,000,000.
 	MaxQueue uint32 `protobuf:"varint,3,opt,name=max_queue,json=maxQueue,proto3" json:"max_queue,omitempty"`
 	// How long a call may wait for a place. Needs max_queue. Default: as long as
-	// its own deadline permits. Range: 1ms to 1h.
+	// its own deadline and the method's timeout permit. Range: 1ms to 1h.
 	MaxQueueWait *durationpb.Duration `protobuf:"bytes,4,opt,name=max_queue_wait,json=maxQueueWait,proto3" json:"max_queue_wait,omitempty"`
 	// Default: method.
 	Scope Scope `protobuf:"varint,5,opt,name=scope,proto3,enum=resilience.v1.Scope" json:"scope,omitempty"`
