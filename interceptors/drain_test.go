@@ -29,8 +29,8 @@ type running struct {
 	lis   *bufconn.Listener
 	conn  *grpc.ClientConn
 
-	stop   context.CancelFunc // ends the context of Serve
-	served chan error         // what Serve returned
+	stop   func()     // ends the context of Serve, and waits until it has seen that
+	served chan error // what Serve returned
 }
 
 // serveDrain serves s under a policy until stop is called.
@@ -46,7 +46,8 @@ func serveDrain(t *testing.T, policy string, s *rpctest.Service, opts ...interce
 func (r *running) serve(t *testing.T) {
 	t.Helper()
 	ctx, stop := context.WithCancel(t.Context())
-	r.stop, r.served = stop, make(chan error, 1)
+	r.stop = func() { stop(); synctest.Wait() }
+	r.served = make(chan error, 1)
 	go func() { r.served <- r.guard.Serve(ctx, r.srv, r.lis) }()
 	r.conn = rpctest.Dial(t, r.lis)
 }
