@@ -123,8 +123,8 @@ func (c *call) done(out Outcome) {
 	c.verdict(out, c.guard.now())
 }
 
-// verdict tells the breaker how the call went, once: a stream that is a probe
-// does so at its first response message, and is then no news at its end.
+// verdict tells the breaker how the call went; it is no news if the first
+// response of a stream has told that already (see answered).
 func (c *call) verdict(out Outcome, now time.Duration) {
 	if c.gates.breaker == nil {
 		return
@@ -134,7 +134,6 @@ func (c *call) verdict(out Outcome, now time.Duration) {
 		slow = now-c.start >= limit
 	}
 	c.gates.breaker.Done(c.ticket, now, results[out], slow)
-	c.ticket = breaker.Ticket{}
 }
 
 var results = [...]breaker.Result{
