@@ -164,6 +164,7 @@ type Effective struct {
 // Breaker is the circuit breaker of one method.
 type Breaker struct {
 	Rule           string // the rule that gave the block: its name, by default the pattern that matched
+	Hystrix        bool   // the engine; the fields that it excludes have window's defaults
 	ErrorPercent   int
 	RequestVolume  int
 	Probes         int
@@ -181,6 +182,7 @@ func newBreaker(b *resiliencev1.Breaker, from *entry, timeout time.Duration) *Br
 	sleep := durationOr(b.SleepWindow, defaultSleepWindow)
 	e := &Breaker{
 		Rule:           from.name,
+		Hystrix:        b.Engine == resiliencev1.Breaker_ENGINE_HYSTRIX,
 		ErrorPercent:   numberOr(b.ErrorPercentThreshold, 50),
 		RequestVolume:  numberOr(b.RequestVolumeThreshold, 20),
 		Probes:         numberOr(b.HalfOpenProbes, 1),
@@ -207,7 +209,8 @@ type RateLimit struct {
 	Rule     string        // as in Breaker
 	Shared   int           // 0: the method's own; else equal for all methods that share the state
 	Rate     float64       // calls per second
-	Burst    int           // tokens in a full bucket
+	Pacing   bool          // calls are spaced evenly
+	Burst    int           // tokens in a full bucket; with Pacing the slack
 	MaxWait  time.Duration // 0: reject at once
 	External string        // name of the limiter that decides instead; the fields above but Rule are 0
 }
@@ -216,11 +219,16 @@ func newRateLimit(r *resiliencev1.RateLimit, from *entry) *RateLimit {
 	if r.External != "" {
 		return &RateLimit{Rule: from.name, External: r.External}
 	}
+	pacing, burst := r.Algorithm == resiliencev1.RateLimit_ALGORITHM_PACING, int(math.Ceil(r.RequestsPerSecond))
+	if pacing {
+		burst = 10 // go.uber.org/ratelimit's own default
+	}
 	return &RateLimit{
 		Rule:    from.name,
 		Shared:  shared(r.Scope, from),
 		Rate:    r.RequestsPerSecond,
-		Burst:   numberOr(r.Burst, int(math.Ceil(r.RequestsPerSecond))),
+		Pacing:  pacing,
+		Burst:   numberOr(r.Burst, burst),
 		MaxWait: r.MaxWait.AsDuration(),
 	}
 }

@@ -124,6 +124,9 @@ func (v *validator) breaker(b *resiliencev1.Breaker) {
 		return
 	}
 	v.enum("engine", b.Engine)
+	if b.Engine == resiliencev1.Breaker_ENGINE_HYSTRIX {
+		v.hystrix(b)
+	}
 	v.number("error_percent_threshold", b.ErrorPercentThreshold, 1, 100)
 	v.number("request_volume_threshold", b.RequestVolumeThreshold, 1, 1_000_000)
 	v.duration("window", b.Window, 100*time.Millisecond, time.Hour)
@@ -141,6 +144,29 @@ func (v *validator) breaker(b *resiliencev1.Breaker) {
 		v.fail("slow_call_percent_threshold", "found no slow_call_threshold, allowed only with it")
 	}
 	v.in("failure_codes", func() { v.failureCodes(b.FailureCodes) })
+}
+
+// hystrix refuses what hystrix-go has no setting for.
+func (v *validator) hystrix(b *resiliencev1.Breaker) {
+	fixed := [...]struct {
+		field string
+		set   bool
+		why   string
+	}{
+		{"window", b.Window != nil, "its window is 10s"},
+		{"max_sleep_window", b.MaxSleepWindow != nil, "its sleep window does not grow"},
+		{"half_open_probes", b.HalfOpenProbes != nil, "it lets one probe through in each sleep window"},
+		{"slow_call_threshold", b.SlowCallThreshold != nil, "it does not count slow calls"},
+		{"slow_call_percent_threshold", b.SlowCallPercentThreshold != nil, "it does not count slow calls"},
+	}
+	for _, f := range fixed {
+		if f.set {
+			v.fail(f.field, "found beside engine hystrix, allowed only with engine window: %s", f.why)
+		}
+	}
+	if d := b.SleepWindow; d != nil && d.Nanos%int32(time.Millisecond) != 0 {
+		v.fail("sleep_window", "found %s, allowed whole milliseconds with engine hystrix", units(d.AsDuration()))
+	}
 }
 
 func (v *validator) failureCodes(names []string) {
@@ -175,18 +201,22 @@ func (v *validator) rateLimit(l *resiliencev1.RateLimit) {
 	}
 	v.enum("algorithm", l.Algorithm)
 	v.enum("scope", l.Scope)
-	v.number("burst", l.Burst, 1, 10_000_000)
+	most, least := 10_000_000, uint32(1)
+	if l.Algorithm == resiliencev1.RateLimit_ALGORITHM_PACING {
+		most, least = 1_000_000, 0 // its interval is in whole nanoseconds
+	}
+	v.number("burst", l.Burst, least, 10_000_000)
 	v.duration("max_wait", l.MaxWait, 0, time.Hour)
 	const month = 30 * 24 * 3600 // seconds
 	switch rate := l.RequestsPerSecond; {
 	case rate == 0:
 		if v.readWhole() {
-			v.fail("requests_per_second", "found 0 or nothing, allowed 0.001 to 10000000, or external instead")
+			v.fail("requests_per_second", "found 0 or nothing, allowed 0.001 to %d, or external instead", most)
 		}
-	case !(rate >= 0.001 && rate <= 10_000_000): // also NaN
-		v.fail("requests_per_second", "found %s, allowed 0.001 to 10000000", short(strconv.FormatFloat(rate, 'f', -1, 64)))
+	case !(rate >= 0.001 && rate <= float64(most)): // also NaN
+		v.fail("requests_per_second", "found %s, allowed 0.001 to %d", short(strconv.FormatFloat(rate, 'f', -1, 64)), most)
 	case l.GetBurst() <= 10_000_000 && float64(l.GetBurst()) > rate*month:
-		v.fail("burst", "found %d, allowed 1 to %.0f, so that the bucket fills within 30 days", l.GetBurst(), math.Floor(rate*month))
+		v.fail("burst", "found %d, allowed %d to %.0f, so that the bucket fills within 30 days", l.GetBurst(), least, math.Floor(rate*month))
 	}
 }
 

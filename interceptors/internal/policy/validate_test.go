@@ -80,8 +80,8 @@ func TestValidateGoValues(t *testing.T) {
 				ConcurrencyLimit: &resiliencev1.ConcurrencyLimit{Scope: 3, MaxInFlight: proto.Uint32(1)},
 			}}}},
 			[]string{
-				"server.rules[0].breaker.engine: found 9, allowed window",
-				"server.rules[0].rate_limit.algorithm: found -1, allowed token_bucket",
+				"server.rules[0].breaker.engine: found 9, allowed window, hystrix",
+				"server.rules[0].rate_limit.algorithm: found -1, allowed token_bucket, pacing",
 				"server.rules[0].rate_limit.scope: found 3, allowed method, rule",
 				"server.rules[0].concurrency_limit.scope: found 3, allowed method, rule",
 			},

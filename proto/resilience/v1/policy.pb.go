@@ -89,6 +89,11 @@ const (
 	Breaker_ENGINE_UNSPECIFIED Breaker_Engine = 0
 	// Sliding window of ten buckets, generations, leased half-open probes.
 	Breaker_ENGINE_WINDOW Breaker_Engine = 1
+	// github.com/afex/hystrix-go decides: its circuit, its metric collectors and
+	// dashboards. Its window is fixed at 10s and it has one probe at a time, so it
+	// excludes window, max_sleep_window, half_open_probes, slow_call_threshold
+	// and slow_call_percent_threshold.
+	Breaker_ENGINE_HYSTRIX Breaker_Engine = 2
 )
 
 // Enum value maps for Breaker_Engine.
@@ -96,10 +101,12 @@ var (
 	Breaker_Engine_name = map[int32]string{
 		0: "ENGINE_UNSPECIFIED",
 		1: "ENGINE_WINDOW",
+		2: "ENGINE_HYSTRIX",
 	}
 	Breaker_Engine_value = map[string]int32{
 		"ENGINE_UNSPECIFIED": 0,
 		"ENGINE_WINDOW":      1,
+		"ENGINE_HYSTRIX":     2,
 	}
 )
 
@@ -138,6 +145,9 @@ const (
 	RateLimit_ALGORITHM_UNSPECIFIED RateLimit_Algorithm = 0
 	// A bucket of `burst` tokens, refilled at `requests_per_second`.
 	RateLimit_ALGORITHM_TOKEN_BUCKET RateLimit_Algorithm = 1
+	// Evenly spaced calls, 1/`requests_per_second` apart, by
+	// go.uber.org/ratelimit. Calls that come sooner wait, up to `max_wait`.
+	RateLimit_ALGORITHM_PACING RateLimit_Algorithm = 2
 )
 
 // Enum value maps for RateLimit_Algorithm.
@@ -145,10 +155,12 @@ var (
 	RateLimit_Algorithm_name = map[int32]string{
 		0: "ALGORITHM_UNSPECIFIED",
 		1: "ALGORITHM_TOKEN_BUCKET",
+		2: "ALGORITHM_PACING",
 	}
 	RateLimit_Algorithm_value = map[string]int32{
 		"ALGORITHM_UNSPECIFIED":  0,
 		"ALGORITHM_TOKEN_BUCKET": 1,
+		"ALGORITHM_PACING":       2,
 	}
 )
 
@@ -472,7 +484,7 @@ type Breaker struct {
 	// Length of the sliding window. Default: 10s. Range: 100ms to 1h.
 	Window *durationpb.Duration `protobuf:"bytes,4,opt,name=window,proto3" json:"window,omitempty"`
 	// How long an open breaker rejects everything before it lets a probe
-	// through. Default: 5s. Range: 1ms to 1h.
+	// through. Default: 5s. Range: 1ms to 1h; for hystrix in whole milliseconds.
 	SleepWindow *durationpb.Duration `protobuf:"bytes,5,opt,name=sleep_window,json=sleepWindow,proto3" json:"sleep_window,omitempty"`
 	// Each reopening without a closing between doubles the sleep window up to
 	// this. Default: the sleep window (no doubling). Range: sleep_window to 24h.
@@ -620,10 +632,12 @@ type RateLimit struct {
 	// Default: token_bucket.
 	Algorithm RateLimit_Algorithm `protobuf:"varint,1,opt,name=algorithm,proto3,enum=resilience.v1.RateLimit_Algorithm" json:"algorithm,omitempty"`
 	// Required, unless `external` is set. Unit: calls per second. Range: 0.001 to
-	// 10,000,000.
+	// 10,000,000; for pacing to 1,000,000.
 	RequestsPerSecond float64 `protobuf:"fixed64,2,opt,name=requests_per_second,json=requestsPerSecond,proto3" json:"requests_per_second,omitempty"`
-	// Calls that may come at once after a pause. Default: one second's worth,
-	// rounded up, at least 1. Range: 1 to 10,000,000; the bucket must fill within 30 days.
+	// Calls that may come at once after a pause. For pacing the slack: calls that
+	// may come early after a pause, 0 for none. Default: one second's worth,
+	// rounded up, at least 1; for pacing 10. Range: 1 (for pacing 0) to
+	// 10,000,000; the bucket must fill within 30 days.
 	Burst *uint32 `protobuf:"varint,3,opt,name=burst,proto3,oneof" json:"burst,omitempty"`
 	// How long a call may wait for its turn. Default: 0s, reject at once.
 	// Range: 0s to 1h.
@@ -914,7 +928,7 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"\x11concurrency_limit\x18\x05 \x01(\v2\x1f.resilience.v1.ConcurrencyLimitR\x10concurrencyLimit\x123\n" +
 	"\atimeout\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12@\n" +
 	"\x0estream_timeout\x18\a \x01(\v2\x19.google.protobuf.DurationR\rstreamTimeout\x12@\n" +
-	"\x0eminimum_budget\x18\b \x01(\v2\x19.google.protobuf.DurationR\rminimumBudget\"\xd2\x06\n" +
+	"\x0eminimum_budget\x18\b \x01(\v2\x19.google.protobuf.DurationR\rminimumBudget\"\xe6\x06\n" +
 	"\aBreaker\x125\n" +
 	"\x06engine\x18\x01 \x01(\x0e2\x1d.resilience.v1.Breaker.EngineR\x06engine\x12;\n" +
 	"\x17error_percent_threshold\x18\x02 \x01(\rH\x00R\x15errorPercentThreshold\x88\x01\x01\x12=\n" +
@@ -928,14 +942,15 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"\x1bslow_call_percent_threshold\x18\n" +
 	" \x01(\rH\x03R\x18slowCallPercentThreshold\x88\x01\x01\x12#\n" +
 	"\rfailure_codes\x18\v \x03(\tR\ffailureCodes\x12\x1a\n" +
-	"\bdisabled\x18\f \x01(\bR\bdisabled\"3\n" +
+	"\bdisabled\x18\f \x01(\bR\bdisabled\"G\n" +
 	"\x06Engine\x12\x16\n" +
 	"\x12ENGINE_UNSPECIFIED\x10\x00\x12\x11\n" +
-	"\rENGINE_WINDOW\x10\x01B\x1a\n" +
+	"\rENGINE_WINDOW\x10\x01\x12\x12\n" +
+	"\x0eENGINE_HYSTRIX\x10\x02B\x1a\n" +
 	"\x18_error_percent_thresholdB\x1b\n" +
 	"\x19_request_volume_thresholdB\x13\n" +
 	"\x11_half_open_probesB\x1e\n" +
-	"\x1c_slow_call_percent_threshold\"\x80\x03\n" +
+	"\x1c_slow_call_percent_threshold\"\x96\x03\n" +
 	"\tRateLimit\x12@\n" +
 	"\talgorithm\x18\x01 \x01(\x0e2\".resilience.v1.RateLimit.AlgorithmR\talgorithm\x12.\n" +
 	"\x13requests_per_second\x18\x02 \x01(\x01R\x11requestsPerSecond\x12\x19\n" +
@@ -943,10 +958,11 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"\bmax_wait\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\amaxWait\x12*\n" +
 	"\x05scope\x18\x05 \x01(\x0e2\x14.resilience.v1.ScopeR\x05scope\x12\x1a\n" +
 	"\bexternal\x18\x06 \x01(\tR\bexternal\x12\x1a\n" +
-	"\bdisabled\x18\a \x01(\bR\bdisabled\"B\n" +
+	"\bdisabled\x18\a \x01(\bR\bdisabled\"X\n" +
 	"\tAlgorithm\x12\x19\n" +
 	"\x15ALGORITHM_UNSPECIFIED\x10\x00\x12\x1a\n" +
-	"\x16ALGORITHM_TOKEN_BUCKET\x10\x01B\b\n" +
+	"\x16ALGORITHM_TOKEN_BUCKET\x10\x01\x12\x14\n" +
+	"\x10ALGORITHM_PACING\x10\x02B\b\n" +
 	"\x06_burst\"\xa9\x02\n" +
 	"\x10ConcurrencyLimit\x12'\n" +
 	"\rmax_in_flight\x18\x01 \x01(\rH\x00R\vmaxInFlight\x88\x01\x01\x12$\n" +
