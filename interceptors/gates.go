@@ -37,7 +37,7 @@ type gates struct {
 	side           Side
 	target, method string // canonical target, "" on the server
 	policy         *policy.Effective
-	breaker        *breaker.Window
+	breaker        breaker.Breaker
 	rate           *limiter.Bucket
 	external       ratelimit.Limiter
 	unary, stream  *limiter.Semaphore // the same one with scope rule
