@@ -131,7 +131,8 @@ func (t Ticket) Probe() bool { return t.probe != 0 }
 
 // Stats is a consistent view of a breaker.
 type Stats struct {
-	State State
+	Engine string // "window" or "hystrix"
+	State  State
 	// Requests and Failures are those in the window; 0 unless closed.
 	Requests, Failures int
 	// RetryAfter is the time until a call may pass; 0 if one may now.

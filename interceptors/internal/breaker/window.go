@@ -169,6 +169,7 @@ func (w *Window) Stats(now time.Duration) Stats {
 	p.advanceLocked(now, w.width)
 	requests, failures, _ := p.sum()
 	return Stats{
+		Engine:     "window",
 		State:      p.state,
 		Requests:   int(requests),
 		Failures:   int(failures),
