@@ -110,22 +110,22 @@ func (c *call) release() {
 // runtime.Goexit.
 func (c *call) end(ctx context.Context, e *ending) {
 	out := Failure
-	defer func() { c.done(out) }()
+	defer func() { c.done(out, e.result(ctx, out)) }()
 	out = c.judge(ctx, e)
 }
 
 // done records how the call ended and gives its permits back.
-func (c *call) done(out Outcome) {
+func (c *call) done(out Outcome, r breaker.Result) {
 	// Last: who waits for the place must find the breaker as this call leaves it.
 	// Deferred: the verdict may log, and the logger is the user's.
 	defer c.release()
 	c.gates.counts.outcomes[out].Add(1)
-	c.verdict(out, c.guard.now())
+	c.verdict(r, c.guard.now())
 }
 
 // verdict tells the breaker how the call went; it is no news if the first
 // response of a stream has told that already (see answered).
-func (c *call) verdict(out Outcome, now time.Duration) {
+func (c *call) verdict(r breaker.Result, now time.Duration) {
 	if c.gates.breaker == nil {
 		return
 	}
@@ -133,14 +133,7 @@ func (c *call) verdict(out Outcome, now time.Duration) {
 	if limit := c.gates.policy.Breaker.SlowCall; limit > 0 && !c.stream {
 		slow = now-c.start >= limit
 	}
-	c.gates.breaker.Done(c.ticket, now, results[out], slow)
-}
-
-var results = [...]breaker.Result{
-	Success: breaker.Success,
-	Failure: breaker.Failure,
-	Neutral: breaker.Ignored,
-	Dropped: breaker.Ignored,
+	c.gates.breaker.Done(c.ticket, now, r, slow)
 }
 
 func (c *call) checkBudget(ctx context.Context) error {

@@ -37,7 +37,7 @@ type gates struct {
 	side           Side
 	target, method string // canonical target, "" on the server
 	policy         *policy.Effective
-	breaker        *breaker.Window
+	breaker        breaker.Breaker
 	rate           *limiter.Bucket
 	external       ratelimit.Limiter
 	unary, stream  *limiter.Semaphore // the same one with scope rule
@@ -178,6 +178,16 @@ func (m *gates) addBreaker(s *side) {
 	if b == nil {
 		return
 	}
+	onTransition := func(tr breaker.Transition) {
+		m.counts.transitions.add(tr)
+		s.guard.logTransition(m, tr)
+	}
+	if b.Hystrix {
+		if h := s.guard.newHystrix(m, onTransition); h != nil {
+			m.breaker = h
+			return
+		}
+	}
 	config := breaker.Config{
 		ErrorPercent: b.ErrorPercent, RequestVolume: b.RequestVolume, Window: b.Window,
 		SleepWindow: b.SleepWindow, MaxSleepWindow: b.MaxSleepWindow, Probes: b.Probes, Lease: b.Lease,
@@ -185,10 +195,28 @@ func (m *gates) addBreaker(s *side) {
 	if b.SlowCall > 0 {
 		config.SlowPercent = b.SlowPercent
 	}
-	m.breaker = breaker.New(config, func(tr breaker.Transition) {
-		m.counts.transitions.add(tr)
-		s.guard.logTransition(m, tr)
-	})
+	m.breaker = breaker.New(config, onTransition)
+}
+
+// newHystrix returns a circuit of hystrix-go, nil if there can be no more: then
+// the window engine protects the method.
+func (g *Guard) newHystrix(m *gates, onTransition func(breaker.Transition)) *breaker.Hystrix {
+	b, limit := m.policy.Breaker, 0
+	if m.policy.Concurrency != nil {
+		limit = m.policy.Concurrency.MaxInFlight
+	}
+	name := g.hystrix.Name(m.side.String(), m.target, m.method)
+	h, err := breaker.NewHystrix(breaker.HystrixConfig{
+		Name: name, Epoch: g.epoch,
+		ErrorPercent: b.ErrorPercent, RequestVolume: b.RequestVolume, SleepWindow: b.SleepWindow,
+		Timeout: m.policy.Timeout, MaxConcurrent: limit,
+	}, onTransition)
+	if err != nil {
+		g.log(slog.LevelWarn, "no hystrix circuit: the window engine takes its place",
+			slog.String("circuit", name), slog.String("rule", b.Rule), slog.String("cause", err.Error()))
+		return nil
+	}
+	return h
 }
 
 func (m *gates) addRateLimit(s *side, t *target) {

@@ -7,12 +7,14 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
 
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
 	resiliencev1 "github.com/grpc-resilience/grpc-resilience/proto/resilience/v1"
 )
@@ -28,6 +30,8 @@ type Guard struct {
 	epoch  time.Time // the gates' time counts from here
 	client *side
 	server *side
+
+	hystrix breaker.HystrixScope // zero if the policy names engine hystrix nowhere
 
 	recovers recovers
 	inflight inflight
@@ -77,6 +81,9 @@ func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
 		return nil, err
 	}
 	g := &Guard{opts: o, epoch: time.Now()}
+	if slices.ContainsFunc(slices.Concat(client, server), policy.UsesHystrix) {
+		g.hystrix = breaker.NewHystrixScope()
+	}
 	g.client = newSide(g, Client, policy.NewTable(client))
 	g.server = newSide(g, Server, policy.NewTable(server))
 	g.recovers = newRecovers(g)
@@ -110,6 +117,28 @@ func (g *Guard) ServerOptions(extra ...grpc.ServerOption) []grpc.ServerOption {
 		grpc.ChainUnaryInterceptor(g.UnaryServerInterceptor()),
 		grpc.ChainStreamInterceptor(g.StreamServerInterceptor()),
 	}, extra...)
+}
+
+// HystrixName returns the name that the breaker of a method has in hystrix-go's
+// registry, for hystrix.GetCircuit, metric collectors and dashboards:
+// "grpc.client/TARGET/pkg.Service/Method" or "grpc.server/pkg.Service/Method". The
+// second guard of a process that uses the engine has grpc2 in place of grpc, and
+// so on, in the order in which they were made. target is the canonical target of
+// the channel (grpc.ClientConn.CanonicalTarget), and ignored for Server; method is
+// the full name, "/pkg.Service/Method". The circuit itself is made when the method
+// is first called. "" if the policy gives the method no breaker with engine hystrix.
+func (g *Guard) HystrixName(s Side, target, method string) string {
+	if g == nil {
+		return ""
+	}
+	of := g.client
+	if s == Server {
+		of, target = g.server, ""
+	}
+	if eff := of.rules.Effective(method); eff == nil || eff.Breaker == nil || !eff.Breaker.Hystrix {
+		return ""
+	}
+	return g.hystrix.Name(s.String(), target, method)
 }
 
 // Close ends what the guard started: its metrics are no longer collected (what

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
 )
 
@@ -78,6 +79,7 @@ type ending struct {
 	cc      *grpc.ClientConn   // of a client call
 	req     any                // of a unary client call
 	local   bool               // SendMsg made the error: the message never left
+	late    bool               // set by judge: the status is DEADLINE_EXCEEDED
 	trailer func() metadata.MD // of the status; nil: not known
 }
 
@@ -117,6 +119,11 @@ func (c *call) judgeError(ctx context.Context, e *ending) (out Outcome) {
 	case cancelled(ctx), isClosed(e.cc):
 		return Neutral
 	}
+	st, ok := status.FromError(e.err)
+	if !ok {
+		st = status.FromContextError(e.err)
+	}
+	e.late = st.Code() == codes.DeadlineExceeded
 	if f := c.guard.opts.classifier; f != nil {
 		out := Outcome(255)
 		c.guard.contain("classifier", func() { out = f(ctx, c.gates.side, c.method, e.err) })
@@ -124,7 +131,24 @@ func (c *call) judgeError(ctx context.Context, e *ending) (out Outcome) {
 			return out
 		}
 	}
-	return c.judgeStatus(ctx, e)
+	return c.judgeStatus(ctx, e, st)
+}
+
+// result is the judgement in a breaker's words.
+func (e *ending) result(ctx context.Context, out Outcome) breaker.Result {
+	switch {
+	case out == Success:
+		return breaker.Success
+	case out == Failure && e.late:
+		return breaker.Timeout
+	case out == Failure:
+		return breaker.Failure
+	case out == Neutral && e.late:
+		return breaker.Expired
+	case out == Neutral && ctx.Err() == context.Canceled:
+		return breaker.Canceled
+	}
+	return breaker.Ignored
 }
 
 // resetSlack bounds how far apart a server's own timer and the reset of the
@@ -142,17 +166,13 @@ func isClosed(cc *grpc.ClientConn) bool {
 	return cc != nil && cc.GetState() == connectivity.Shutdown
 }
 
-func (c *call) judgeStatus(ctx context.Context, e *ending) Outcome {
-	st, ok := status.FromError(e.err)
-	if !ok {
-		st = status.FromContextError(e.err)
-	}
+func (c *call) judgeStatus(ctx context.Context, e *ending, st *status.Status) Outcome {
 	code := st.Code()
 	switch {
 	case code == codes.OK:
 		return Success
 	case code == codes.Canceled && ctx.Err() == context.Canceled:
-		code = codes.DeadlineExceeded // or judgeError would have called it cancelled
+		code, e.late = codes.DeadlineExceeded, true // or judgeError would have called it cancelled
 	}
 	info, retryInfo := ownDetails(st)
 	if info != nil {

@@ -28,7 +28,7 @@ type MethodSnapshot struct {
 
 // BreakerSnapshot is the state of a circuit breaker.
 type BreakerSnapshot struct {
-	Engine     string  `json:"engine"`              // "window"
+	Engine     string  `json:"engine"`              // "window" or "hystrix"
 	State      string  `json:"state"`               // "closed", "open" or "half_open"
 	Requests   uint64  `json:"requests"`            // in the window
 	Failures   uint64  `json:"failures"`            // in the window
@@ -119,7 +119,7 @@ func (m *gates) snapshot(now time.Duration) MethodSnapshot {
 	if m.breaker != nil {
 		st := m.breaker.Stats(now)
 		s.Breaker = &BreakerSnapshot{
-			Engine: "window", State: st.State.String(),
+			Engine: st.Engine, State: st.State.String(),
 			Requests: uint64(st.Requests), Failures: uint64(st.Failures), RetryAfter: st.RetryAfter.Seconds(),
 		}
 	}

@@ -1,9 +1,29 @@
 // Package breaker decides whether a call may be tried, from the results of the
-// calls before it. It knows neither gRPC nor a clock: time is an argument, the
-// duration since an epoch of the caller's choice on a monotonic clock.
+// calls before it: Window is an engine of our own, Hystrix is hystrix-go. It knows
+// neither gRPC nor a clock: time is an argument, the duration since an epoch of the
+// caller's choice on a monotonic clock (hystrix-go has its own clock beside it).
 package breaker
 
 import "time"
+
+// Breaker is an engine. It is safe for concurrent use.
+type Breaker interface {
+	// Ready reports whether Acquire would pass a call now, and if not, after what
+	// time (> 0) it may. Who is told no does not call Acquire.
+	Ready(now time.Duration) (retryAfter time.Duration, ok bool)
+	// Acquire passes a call or rejects it, with the time (> 0) after which another
+	// may pass. Each Ticket must be given to Done exactly once.
+	Acquire(now time.Duration) (t Ticket, retryAfter time.Duration, ok bool)
+	// Done tells the result of a call and whether it was slow. A result that comes
+	// after a transition is dropped; one of a probe counts as long as its half-open
+	// period lasts, also when its lease has expired. The zero Ticket does nothing.
+	Done(t Ticket, now time.Duration, r Result, slow bool)
+	// Stats describes the breaker at now.
+	Stats(now time.Duration) Stats
+	// Idle reports whether the breaker is closed and its window empty, that is,
+	// whether a new one would decide the same.
+	Idle(now time.Duration) bool
+}
 
 // Config is what a Window is built from. It is not validated here: every field
 // must be in the range that its comment gives.
@@ -50,7 +70,8 @@ func (s State) String() string {
 	return [...]string{"closed", "open", "half_open"}[s]
 }
 
-// Result is what became of a call.
+// Result is what became of a call. There are three kinds: Success counts for the
+// peer, Failure and Timeout count against it, all others say nothing about it.
 type Result uint8
 
 const (
@@ -60,7 +81,16 @@ const (
 	Success
 	// Failure counts against it.
 	Failure
+	// Timeout is a Failure: the peer took too long.
+	Timeout
+	// Canceled is Ignored: the caller gave up.
+	Canceled
+	// Expired is Ignored: the caller had too little time.
+	Expired
 )
+
+func (r Result) failed() bool  { return r == Failure || r == Timeout }
+func (r Result) counted() bool { return r == Success || r.failed() }
 
 // Cause says why a breaker changed its state.
 type Cause uint8
@@ -92,7 +122,8 @@ type Transition struct {
 // Ticket is the permission for one call. Its zero value belongs to no call.
 type Ticket struct {
 	period *period
-	probe  uint64 // number of the probe in its half-open period, 0: not a probe
+	probe  uint64        // number of the probe in its half-open period, 0: not a probe
+	start  time.Duration // of the call; Hystrix only
 }
 
 // Probe reports whether the call is a half-open probe.
@@ -100,7 +131,8 @@ func (t Ticket) Probe() bool { return t.probe != 0 }
 
 // Stats is a consistent view of a breaker.
 type Stats struct {
-	State State
+	Engine string // "window" or "hystrix"
+	State  State
 	// Requests and Failures are those in the window; 0 unless closed.
 	Requests, Failures int
 	// RetryAfter is the time until a call may pass; 0 if one may now.

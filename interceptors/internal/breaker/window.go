@@ -39,8 +39,7 @@ func New(cfg Config, onTransition func(Transition)) *Window {
 	return w
 }
 
-// Ready reports whether Acquire would pass a call now, and if not, after what
-// time (> 0) it may. It changes nothing.
+// Ready implements Breaker. It changes nothing.
 func (w *Window) Ready(now time.Duration) (retryAfter time.Duration, ok bool) {
 	p := w.period.Load()
 	switch p.state {
@@ -56,8 +55,7 @@ func (w *Window) Ready(now time.Duration) (retryAfter time.Duration, ok bool) {
 	return retryAfter, retryAfter == 0
 }
 
-// Acquire passes a call or rejects it, with the time (> 0) after which another
-// may pass. Each Ticket must be given to Done exactly once.
+// Acquire implements Breaker.
 func (w *Window) Acquire(now time.Duration) (t Ticket, retryAfter time.Duration, ok bool) {
 	p := w.period.Load()
 	if p.state == Closed {
@@ -91,15 +89,13 @@ func (w *Window) acquireProbe(now time.Duration) (t Ticket, retryAfter time.Dura
 	return t, 0, true
 }
 
-// Done tells the result of a call and whether it was slow. A result that comes
-// after a transition is dropped; one of a probe counts as long as its half-open
-// period lasts, also when its lease has expired. The zero Ticket does nothing.
+// Done implements Breaker.
 func (w *Window) Done(t Ticket, now time.Duration, r Result, slow bool) {
 	slow = slow && w.cfg.SlowPercent > 0
 	switch {
 	case t.Probe():
 		w.verdict(t, now, r, slow)
-	case t.period != nil && r != Ignored:
+	case t.period != nil && r.counted():
 		w.record(t.period, now, r, slow)
 	}
 }
@@ -113,11 +109,11 @@ func (w *Window) record(p *period, now time.Duration, r Result, slow bool) {
 		w.mu.Unlock()
 		n = p.newest.Load()
 	}
-	if slow || r == Failure {
+	if slow || r.failed() {
 		p.markDirty(n) // first: a success that misses the mark has been counted when this is evaluated
 	}
 	b := &p.buckets[n%buckets]
-	if r == Failure {
+	if r.failed() {
 		b.failures.Add(1)
 	} else {
 		b.successes.Add(1)
@@ -152,8 +148,8 @@ func (w *Window) verdict(t Ticket, now time.Duration, r Result, slow bool) {
 	if p := w.period.Load(); p == t.period {
 		p.endProbeLocked(t.probe)
 		switch {
-		case r == Ignored:
-		case r == Failure || slow:
+		case !r.counted():
+		case r.failed() || slow:
 			done = w.switchLocked(now, Open, ProbeFailure)
 		default:
 			if p.successes++; p.successes >= w.cfg.Probes {
@@ -165,7 +161,7 @@ func (w *Window) verdict(t Ticket, now time.Duration, r Result, slow bool) {
 	w.notify(done)
 }
 
-// Stats describes the breaker at now.
+// Stats implements Breaker.
 func (w *Window) Stats(now time.Duration) Stats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -173,6 +169,7 @@ func (w *Window) Stats(now time.Duration) Stats {
 	p.advanceLocked(now, w.width)
 	requests, failures, _ := p.sum()
 	return Stats{
+		Engine:     "window",
 		State:      p.state,
 		Requests:   int(requests),
 		Failures:   int(failures),
@@ -180,8 +177,7 @@ func (w *Window) Stats(now time.Duration) Stats {
 	}
 }
 
-// Idle reports whether the breaker is closed and its window empty, that is,
-// whether a new one would decide the same.
+// Idle implements Breaker.
 func (w *Window) Idle(now time.Duration) bool {
 	s := w.Stats(now)
 	return s.State == Closed && s.Requests == 0

@@ -182,7 +182,7 @@ func newBreaker(b *resiliencev1.Breaker, from *entry, timeout time.Duration) *Br
 	sleep := durationOr(b.SleepWindow, defaultSleepWindow)
 	e := &Breaker{
 		Rule:           from.name,
-		Hystrix:        b.Engine == resiliencev1.Breaker_ENGINE_HYSTRIX,
+		Hystrix:        UsesHystrix(from.rule),
 		ErrorPercent:   numberOr(b.ErrorPercentThreshold, 50),
 		RequestVolume:  numberOr(b.RequestVolumeThreshold, 20),
 		Probes:         numberOr(b.HalfOpenProbes, 1),
@@ -202,6 +202,11 @@ func newBreaker(b *resiliencev1.Breaker, from *entry, timeout time.Duration) *Br
 		}
 	}
 	return e
+}
+
+// UsesHystrix reports whether a rule has a breaker with engine hystrix.
+func UsesHystrix(rule *resiliencev1.MethodPolicy) bool {
+	return rule.GetBreaker().GetEngine() == resiliencev1.Breaker_ENGINE_HYSTRIX
 }
 
 // RateLimit is the rate limit of one method.
