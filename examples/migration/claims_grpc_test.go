@@ -343,7 +343,7 @@ func drainOfOurs(t *testing.T) {
 		})
 		served := make(chan error, 1)
 		go func() { served <- g.Serve(t.Context(), srv, lis) }()
-		orders := dial(t, lis)
+		orders := shopv1.NewOrdersClient(dial(t, lis))
 
 		answers := make(chan error, 2)
 		go func() {

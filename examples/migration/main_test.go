@@ -75,8 +75,35 @@ func (s *shop) Watch(_ *shopv1.WatchRequest, stream grpc.ServerStreamingServer[s
 // open serves a shop over bufconn and returns a client of it.
 func open(t *testing.T, s *shop, server []grpc.ServerOption, client ...grpc.DialOption) shopv1.OrdersClient {
 	t.Helper()
+	return shopv1.NewOrdersClient(openConn(t, s, server, client...))
+}
+
+func openConn(t *testing.T, s *shop, server []grpc.ServerOption, client ...grpc.DialOption) *grpc.ClientConn {
+	t.Helper()
+	return connect(t, grpc.NewServer(server...), s, client...)
+}
+
+// connect serves a shop on a server over bufconn and dials it.
+func connect(t *testing.T, srv *grpc.Server, s *shop, client ...grpc.DialOption) *grpc.ClientConn {
+	t.Helper()
 	lis := bufconn.Listen(1 << 20)
-	srv := grpc.NewServer(server...)
+	serve(t, lis, srv, s)
+	return dial(t, lis, client...)
+}
+
+// listen serves a shop on a port of this machine and returns its address.
+func listen(t *testing.T, s *shop) string {
+	t.Helper()
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve(t, lis, grpc.NewServer(), s)
+	return lis.Addr().String()
+}
+
+func serve(t *testing.T, lis net.Listener, srv *grpc.Server, s *shop) {
+	t.Helper()
 	shopv1.RegisterOrdersServer(srv, s)
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(lis) }()
@@ -86,13 +113,14 @@ func open(t *testing.T, s *shop, server []grpc.ServerOption, client ...grpc.Dial
 			t.Error(err)
 		}
 	})
-	return dial(t, lis, client...)
 }
 
-func dial(t *testing.T, lis *bufconn.Listener, opts ...grpc.DialOption) shopv1.OrdersClient {
+var insecureCreds = grpc.WithTransportCredentials(insecure.NewCredentials())
+
+func dial(t *testing.T, lis *bufconn.Listener, opts ...grpc.DialOption) *grpc.ClientConn {
 	t.Helper()
 	conn, err := grpc.NewClient("passthrough:///shop", append([]grpc.DialOption{
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		insecureCreds,
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }),
 	}, opts...)...)
 	if err != nil {
@@ -103,7 +131,7 @@ func dial(t *testing.T, lis *bufconn.Listener, opts ...grpc.DialOption) shopv1.O
 			t.Error(err)
 		}
 	})
-	return shopv1.NewOrdersClient(conn)
+	return conn
 }
 
 func mustGuard(t *testing.T, yaml string, opts ...interceptors.Option) *interceptors.Guard {

@@ -11,6 +11,8 @@ import (
 	"github.com/afex/hystrix-go/hystrix"
 	metricCollector "github.com/afex/hystrix-go/hystrix/metric_collector"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors"
 )
 
 // minute is a hystrix-go timeout or sleep window that no test outlives, in its
@@ -98,6 +100,11 @@ var (
 	_        ratelimit.Limiter = (*quota)(nil)
 	errQuota                   = errors.New("the day's quota is spent")
 )
+
+// externalQuota is the limiter of the policies that name one.
+func externalQuota(n int64) interceptors.Option {
+	return interceptors.WithLimiter("quota", newQuota(n))
+}
 
 func newQuota(n int64) *quota {
 	q := new(quota)
