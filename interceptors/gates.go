@@ -38,7 +38,7 @@ type gates struct {
 	target, method string // canonical target, "" on the server
 	policy         *policy.Effective
 	breaker        breaker.Breaker
-	rate           *limiter.Bucket
+	rate           *limiter.Rate
 	external       ratelimit.Limiter
 	unary, stream  *limiter.Semaphore // the same one with scope rule
 	counts         counts
@@ -226,14 +226,21 @@ func (m *gates) addRateLimit(s *side, t *target) {
 	case r.External != "":
 		m.external = s.guard.opts.limiters[r.External]
 	case r.Shared == 0:
-		m.rate = limiter.NewBucket(r.Rate, r.Burst, r.MaxWait)
+		m.rate = newRate(r)
 	default:
 		shared := t.sharedLocked(r.Shared)
 		if shared.rate == nil {
-			shared.rate = limiter.NewBucket(r.Rate, r.Burst, r.MaxWait)
+			shared.rate = newRate(r)
 		}
 		m.rate = shared.rate
 	}
+}
+
+func newRate(r *policy.RateLimit) *limiter.Rate {
+	if r.Pacing {
+		return limiter.NewPacer(r.Rate, r.Burst, r.MaxWait)
+	}
+	return limiter.NewBucket(r.Rate, r.Burst, r.MaxWait)
 }
 
 func (m *gates) addConcurrencyLimit(t *target) {
