@@ -245,9 +245,10 @@ func TestConvertMistakes(t *testing.T) {
 			},
 		},
 		"columns are characters": {
-			json: "\ufeff{\"größe\": {},\r\n \"a.B/C\": {\"größe\": 1}}",
+			json: "\ufeff{\"größe\": {\"timeout\": -1},\r\n \"a.B/C\": {\"größe\": 1}}",
 			want: []string{
 				`1:2: "größe": ` + noMethod + "'größe=/pkg.Service/Method'",
+				`1:23: "größe".timeout: found -1, allowed a whole number of milliseconds from 1 to 86400000, or 0 for hystrix-go's default 1000`,
 				`2:12: a.B/C: found unknown field "größe", nearest is timeout, allowed ` + fields,
 			},
 		},
@@ -438,6 +439,35 @@ func FuzzConvert(f *testing.F) {
 			}
 		default:
 			t.Fatalf("status %d, stdout %q, stderr %q", status, stdout, stderr)
+		}
+	})
+}
+
+// FuzzConvertName: a command of any name becomes a rule that loads.
+func FuzzConvertName(f *testing.F) {
+	text, err := os.ReadFile("testdata/names.json")
+	if err != nil {
+		f.Fatal(err)
+	}
+	var commands map[string]any
+	if err := json.Unmarshal(text, &commands); err != nil {
+		f.Fatal(err)
+	}
+	for name := range commands {
+		f.Add(name, 1)
+	}
+	f.Fuzz(func(t *testing.T, name string, timeout int) {
+		name = strings.ToValidUTF8(name, "")
+		text, err := json.Marshal(map[string]hystrix.CommandConfig{name: {Timeout: timeout}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		status, stdout, stderr := resilience(string(text), "convert", "-map", name+"=/a.B/C", "-")
+		if valid := 0 <= timeout && timeout <= 24*60*60*1000; valid != (status == 0) || valid != (stderr == "") {
+			t.Fatalf("%q, timeout %d: status %d: %s", name, timeout, status, stderr)
+		}
+		if status == 0 {
+			compare(t, text, stdout)
 		}
 	})
 }
