@@ -108,10 +108,11 @@ func (c *call) release() {
 
 // end judges how the call ended and is done, even if a classifier calls
 // runtime.Goexit.
-func (c *call) end(ctx context.Context, e *ending) {
-	out := Failure
+func (c *call) end(ctx context.Context, e *ending) (out Outcome) {
+	out = Failure
 	defer func() { c.done(out, e.result(ctx, out)) }()
 	out = c.judge(ctx, e)
+	return out
 }
 
 // done records how the call ended and gives its permits back.

@@ -77,14 +77,20 @@ func Parse(name string, yaml []byte) (*resiliencev1.Policy, error) {
 func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
 	o, err := newOptions(opts)
 	client, server := p.GetClient().GetRules(), p.GetServer().GetRules()
-	if err := errors.Join(policy.Validate(p), err, o.checkLimiters(Client, client), o.checkLimiters(Server, server)); err != nil {
+	invalid := policy.Validate(p)
+	var clientRules *policy.Table
+	if invalid == nil {
+		clientRules = policy.NewTable(client)
+		err = errors.Join(err, o.fallbacks.check(clientRules))
+	}
+	if err := errors.Join(invalid, err, o.checkLimiters(Client, client), o.checkLimiters(Server, server)); err != nil {
 		return nil, err
 	}
 	g := &Guard{opts: o, epoch: time.Now()}
 	if slices.ContainsFunc(slices.Concat(client, server), policy.UsesHystrix) {
 		g.hystrix = breaker.NewHystrixScope()
 	}
-	g.client = newSide(g, Client, policy.NewTable(client))
+	g.client = newSide(g, Client, clientRules)
 	g.server = newSide(g, Server, policy.NewTable(server))
 	g.recovers = newRecovers(g)
 	g.drain.init(policy.NewDrain(p.GetServer().GetDrain()))
