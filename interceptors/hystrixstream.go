@@ -76,18 +76,19 @@ func (g *Guard) serveHystrix(w http.ResponseWriter, r *http.Request) {
 	}
 	defer s.limit() // net/http writes the end
 
-	out, tick := bufio.NewWriterSize(s, hystrixBuffer), time.NewTicker(delay)
-	defer tick.Stop()
+	out, pause := bufio.NewWriterSize(s, hystrixBuffer), time.NewTimer(delay)
+	defer pause.Stop()
 	for {
 		if g.writeHystrix(out) != nil || out.Flush() != nil || s.flush() != nil {
 			return // the client is gone
 		}
+		pause.Reset(delay) // after the write, as in Hystrix: a slow one is not chased
 		select {
 		case <-r.Context().Done():
 			return
 		case <-g.done:
 			return
-		case <-tick.C:
+		case <-pause.C:
 		}
 	}
 }
