@@ -23,21 +23,22 @@ const (
 // and a HystrixThreadPool event for each concurrency limit, once a second. Mount it
 // where the dashboard and Turbine look for it:
 //
-//	http.Handle("GET /hystrix.stream", guard.HystrixStream())
+//	http.Handle("/hystrix.stream", guard.HystrixStream())
 //
 // The query's delay sets another interval in milliseconds, 100 to 60000. Counts are
 // of the last 10 s, latencies (in milliseconds) of the last 60 s, at most 100 of each
 // 10 s, both from the first call of HystrixStream: until then nothing is recorded and
 // calls pay nothing; after it, a call takes one short lock of its method more and still
-// allocates nothing, and a method has 5 KB more. There is no way back. What each key
-// means is in docs/policy.md.
+// allocates nothing, and a method with a breaker or a concurrency limit has 5.4 KB more.
+// There is no way back. What each key means is in docs/policy.md.
 //
 // The handler is safe for concurrent use, and any number of clients may read; each
 // has one goroutine, net/http's own. A stream ends with its request, when the client
 // does not read for 10 s, and when the guard is closed; http.Server.WriteTimeout does
 // not cut it. http.Server.Shutdown waits for it: close the guard first. The response
 // writer must be able to flush, itself or by an Unwrap method ([http.ResponseController]);
-// otherwise the answer is 500, as on a nil guard. After Close it is 503.
+// otherwise the answer is 500, as on a nil guard. After Close it is 503. Nobody is asked
+// who they are: names of methods and targets are for those who may see them.
 func (g *Guard) HystrixStream() http.Handler {
 	if g == nil {
 		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

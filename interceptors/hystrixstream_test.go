@@ -315,7 +315,7 @@ func TestHystrixPool(t *testing.T) {
 			concurrency_limit: {max_in_flight: 3, max_streams: 3, max_queue: 2, max_queue_wait: 5s}}]}`, a.side))
 		look(t, g)
 		var ends []chan struct{}
-		for i := range 7 {
+		for range 7 {
 			end := make(chan struct{})
 			ends = append(ends, end)
 			go func() {
@@ -325,7 +325,6 @@ func TestHystrixPool(t *testing.T) {
 				})
 			}()
 			synctest.Wait()
-			_ = i
 		}
 		name := strings.TrimPrefix(a.method, "/")
 		if a.side == "client" {
@@ -647,10 +646,12 @@ func TestHystrixEndsWithTheGuard(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := mustGuard(t, "server: {}")
 		began, h := time.Now(), g.HystrixStream()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
 		var all sync.WaitGroup
 		for range 5 {
 			all.Go(func() {
-				h.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(t.Context(), "GET", "/?delay=60000", nil))
+				h.ServeHTTP(httptest.NewRecorder(), httptest.NewRequestWithContext(ctx, "GET", "/?delay=60000", nil))
 			})
 		}
 		pass(90 * time.Second)
@@ -880,4 +881,42 @@ func BenchmarkHystrixEvents(b *testing.B) {
 			}
 		})
 	}
+}
+
+// Over HTTP/2 a write deadline ends a stream even when nothing is being written.
+func TestHystrixOverHTTP2(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, "server: {}")
+		protocols := new(http.Protocols)
+		protocols.SetUnencryptedHTTP2(true)
+		srv := &http.Server{WriteTimeout: 3 * time.Second, Protocols: protocols, Handler: g.HystrixStream()}
+		lis := newPipeListener()
+		go func() { _ = srv.Serve(lis) }()
+		transport := &http.Transport{Protocols: protocols, DialContext: func(context.Context, string, string) (net.Conn, error) { return lis.dial(), nil }}
+		resp, err := (&http.Client{Transport: transport}).Get("http://hystrix/?delay=30000")
+		if err != nil {
+			t.Fatal(err)
+		}
+		began := time.Now()
+		text := make([]byte, 3)
+		for i := range 4 {
+			if _, err := io.ReadFull(resp.Body, text); err != nil || string(text) != ":\n\n" {
+				t.Fatalf("set %d: %q, %v", i, text, err)
+			}
+		}
+		if took := time.Since(began); took != 90*time.Second || resp.ProtoMajor != 2 {
+			t.Errorf("four sets in %v over %s", took, resp.Proto)
+		}
+		if err := g.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(resp.Body, text); err != io.EOF {
+			t.Errorf("after Close: %v, want the end", err)
+		}
+		_ = resp.Body.Close()
+		transport.CloseIdleConnections()
+		if err := srv.Close(); err != nil {
+			t.Fatal(err)
+		}
+	})
 }

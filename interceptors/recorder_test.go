@@ -223,3 +223,23 @@ func TestSafeNames(t *testing.T) {
 		}
 	}
 }
+
+// What a set of events costs a busy method, in the lock and out of it.
+func BenchmarkRecorderRead(b *testing.B) {
+	r, v, rnd := new(recorder), recent{}, rand.New(rand.NewPCG(1, 1))
+	for i := range sampleBuckets * sampleSize {
+		r.ended(eventSuccess, time.Duration(i)*sampleSpan/sampleSize, time.Duration(rnd.IntN(1e9)), time.Duration(rnd.IntN(1e9)), 1, 1, kindUnary)
+	}
+	b.Run("read", func(b *testing.B) {
+		for b.Loop() {
+			r.read(&v, time.Minute-1)
+		}
+	})
+	b.Run("sort", func(b *testing.B) {
+		for b.Loop() {
+			r.read(&v, time.Minute-1)
+			latency(v.execute)
+			latency(v.total)
+		}
+	})
+}
