@@ -40,6 +40,7 @@ type Guard struct {
 	panics   atomic.Uint64
 
 	closed    atomic.Bool
+	done      chan struct{} // closed by Close: ends Hystrix streams
 	closeOnce sync.Once
 	closeErr  error
 	contained sync.Map // names of callbacks whose panic has been logged
@@ -86,7 +87,7 @@ func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
 	if err := errors.Join(invalid, err, o.checkLimiters(Client, client), o.checkLimiters(Server, server)); err != nil {
 		return nil, err
 	}
-	g := &Guard{opts: o, epoch: time.Now()}
+	g := &Guard{opts: o, epoch: time.Now(), done: make(chan struct{})}
 	if slices.ContainsFunc(slices.Concat(client, server), policy.UsesHystrix) {
 		g.hystrix = breaker.NewHystrixScope()
 	}
@@ -148,7 +149,8 @@ func (g *Guard) HystrixName(s Side, target, method string) string {
 }
 
 // Close ends what the guard started: its metrics are no longer collected (what
-// histograms and resilience.drain.aborted have recorded stays with the provider). Calls
+// histograms and resilience.drain.aborted have recorded stays with the provider), and
+// its Hystrix streams end. Calls
 // through the guard go on and are still guarded; Serve and Shutdown refuse to
 // start. Closing again does nothing and returns the first result.
 func (g *Guard) Close() error {
@@ -157,6 +159,7 @@ func (g *Guard) Close() error {
 	}
 	g.closeOnce.Do(func() {
 		g.closed.Store(true)
+		close(g.done)
 		g.closeErr = g.metrics.close()
 	})
 	return g.closeErr
