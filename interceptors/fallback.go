@@ -152,7 +152,8 @@ func (c *call) fallBack(ctx context.Context, f *fallback, q *question, req, repl
 			err = f.answer(ctx, c.method, req, reply, cause)
 		}
 	})
-	return err // nil: the fallback has answered
+	c.gates.recordFallback(err == nil, c.guard)
+	return err
 }
 
 // fallsBack reports whether a call that ended with err is one for a fallback.

@@ -187,23 +187,6 @@ func TestPercentile(t *testing.T) {
 	}
 }
 
-// What fallbacks record, and nothing if there is no recorder.
-func TestRecordFallback(t *testing.T) {
-	g, m := &Guard{epoch: time.Now()}, new(gates)
-	m.recordFallback(true, g)
-	m.recordRejection(ReasonRateLimited, g)
-	m.recorder.Store(new(recorder))
-	for range 3 {
-		m.recordFallback(true, g)
-	}
-	m.recordFallback(false, g)
-	var v recent
-	m.recorder.Load().read(&v, g.now())
-	if v.events != [events]uint64{eventFallbackSuccess: 3, eventFallbackFailure: 1} {
-		t.Errorf("got %v", v.events)
-	}
-}
-
 func TestSafeNames(t *testing.T) {
 	for in, want := range map[string]string{
 		"shop.v1.Orders/Place":   "shop.v1.Orders/Place",
