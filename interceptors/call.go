@@ -24,9 +24,10 @@ type call struct {
 	method string // full name; that of the gates may be overflow
 	stream bool
 	// Set by admit.
-	slot   *limiter.Semaphore // nil: no concurrency limit
-	ticket breaker.Ticket     // zero: no breaker, or its verdict is in already
-	start  time.Duration
+	slot    *limiter.Semaphore // nil: no concurrency limit
+	ticket  breaker.Ticket     // zero: no breaker, or its verdict is in already
+	arrived time.Duration      // before any wait
+	start   time.Duration
 }
 
 // admit takes the call through its gates. It returns a *RejectedError when a
@@ -34,6 +35,7 @@ type call struct {
 // cases nothing is held.
 func (c *call) admit(ctx context.Context, now time.Duration) error {
 	g, m := c.guard, c.gates
+	c.arrived = now
 	if err := ctx.Err(); err != nil {
 		return status.FromContextError(err).Err()
 	}
@@ -108,10 +110,11 @@ func (c *call) release() {
 
 // end judges how the call ended and is done, even if a classifier calls
 // runtime.Goexit.
-func (c *call) end(ctx context.Context, e *ending) {
-	out := Failure
+func (c *call) end(ctx context.Context, e *ending) (out Outcome) {
+	out = Failure
 	defer func() { c.done(out, e.result(ctx, out)) }()
 	out = c.judge(ctx, e)
+	return out
 }
 
 // done records how the call ended and gives its permits back.
@@ -119,8 +122,12 @@ func (c *call) done(out Outcome, r breaker.Result) {
 	// Last: who waits for the place must find the breaker as this call leaves it.
 	// Deferred: the verdict may log, and the logger is the user's.
 	defer c.release()
+	now := c.guard.now()
+	if rec := c.gates.recorder.Load(); rec != nil {
+		c.recordEnd(rec, r, now)
+	}
 	c.gates.counts.outcomes[out].Add(1)
-	c.verdict(r, c.guard.now())
+	c.verdict(r, now)
 }
 
 // verdict tells the breaker how the call went; it is no news if the first
@@ -209,6 +216,7 @@ func (c *call) askExternal(ctx context.Context) error {
 
 func (c *call) reject(reason Reason, rule string, retryAfter time.Duration) error {
 	c.gates.counts.rejected[reason.index()].Add(1)
+	c.gates.recordRejection(reason, c.guard)
 	return &RejectedError{Side: c.gates.side, Method: c.method, Rule: rule, Reason: reason, RetryAfter: retryAfter}
 }
 

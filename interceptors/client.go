@@ -46,19 +46,28 @@ func (g *Guard) unaryClient(ctx context.Context, method string, req, reply any, 
 		return invoker(ctx, method, req, reply, cc, opts...)
 	}
 	c := call{guard: g, gates: m, method: method}
-	err := c.admit(ctx, g.now())
-	if err != nil {
-		return err
+	if g.opts.fallbacks != nil {
+		return c.unaryOrFallback(ctx, req, reply, cc, invoker, opts)
+	}
+	_, err := c.unary(ctx, req, reply, cc, invoker, opts)
+	return err
+}
+
+// unary takes a unary call through its gates and sends it. That of a call which
+// was not admitted is no outcome, but Neutral.
+func (c *call) unary(ctx context.Context, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts []grpc.CallOption) (out Outcome, err error) {
+	if err := c.admit(ctx, c.guard.now()); err != nil {
+		return Neutral, err
 	}
 	e := ending{unwound: true, cc: cc, req: req}
-	defer func() { c.end(ctx, &e) }()
+	defer func() { out = c.end(ctx, &e) }()
 	callCtx, cancel := c.withTimeout(ctx)
 	if cancel != nil {
 		defer cancel()
 	}
-	err = invoker(callCtx, method, req, reply, cc, opts...)
+	err = invoker(callCtx, c.method, req, reply, cc, opts...)
 	e.err, e.unwound = err, false
-	return err
+	return out, err
 }
 
 // withTimeout applies the policy's timeout unless the caller's deadline is

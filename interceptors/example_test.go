@@ -1,11 +1,14 @@
 package interceptors_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
 	"log"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -277,3 +280,36 @@ var shop = sync.OnceValue(func() *bufconn.Listener {
 	go func() { _ = srv.Serve(lis) }()
 	return lis
 })
+
+// The dashboard's stream, mounted where the dashboard looks for it.
+func ExampleGuard_HystrixStream() {
+	guard := exampleGuard(`server: {rules: [{methods: ["*"], breaker: {}, concurrency_limit: {max_in_flight: 100}}]}`)
+	defer guard.Close()
+	mux := http.NewServeMux()
+	mux.Handle("/hystrix.stream", guard.HystrixStream())
+	web := httptest.NewServer(mux)
+	defer web.Close()
+
+	srv := grpc.NewServer(guard.ServerOptions(grpc.UnknownServiceHandler(func(any, grpc.ServerStream) error {
+		return status.Error(codes.Unavailable, "the shop is closed")
+	}))...)
+	defer srv.Stop()
+	conn := serveExample(srv)
+	defer conn.Close()
+	for range 20 {
+		_ = conn.Invoke(context.Background(), "/shop.v1.Orders/Place", &emptypb.Empty{}, &emptypb.Empty{})
+	}
+
+	resp, err := http.Get(web.URL + "/hystrix.stream?delay=500")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer resp.Body.Close()
+	event := bufio.NewScanner(resp.Body)
+	event.Scan()
+	fmt.Println(event.Text()[:len(`data: {"type":"HystrixCommand","name":"shop.v1.Orders/Place"`)])
+	fmt.Println(strings.Contains(event.Text(), `"isCircuitBreakerOpen":true`), strings.Contains(event.Text(), `"rollingCountFailure":20`))
+	// Output:
+	// data: {"type":"HystrixCommand","name":"shop.v1.Orders/Place"
+	// true true
+}

@@ -38,11 +38,12 @@ type gates struct {
 	target, method string // canonical target, "" on the server
 	policy         *policy.Effective
 	breaker        breaker.Breaker
-	rate           *limiter.Bucket
+	rate           *limiter.Rate
 	external       ratelimit.Limiter
 	unary, stream  *limiter.Semaphore // the same one with scope rule
 	counts         counts
-	seen           uint64 // guarded by side.mu: counts.admitted at the last sweep
+	recorder       atomic.Pointer[recorder] // nil: the Hystrix stream was not asked for
+	seen           uint64                   // guarded by side.mu: counts.admitted at the last sweep
 }
 
 // counts are totals since the state was made. In-flight calls are admitted less
@@ -65,6 +66,7 @@ type side struct {
 	mu        sync.Mutex // guards writes to targets and everything below
 	states    int
 	lastSweep time.Duration
+	recording bool // new gates get a recorder
 }
 
 // target is one canonical target of client channels, or the server itself.
@@ -170,6 +172,9 @@ func (s *side) newGates(t *target, method string, eff *policy.Effective) *gates 
 	m.addBreaker(s)
 	m.addRateLimit(s, t)
 	m.addConcurrencyLimit(t)
+	if s.recording {
+		m.startRecording()
+	}
 	return m
 }
 
@@ -226,14 +231,21 @@ func (m *gates) addRateLimit(s *side, t *target) {
 	case r.External != "":
 		m.external = s.guard.opts.limiters[r.External]
 	case r.Shared == 0:
-		m.rate = limiter.NewBucket(r.Rate, r.Burst, r.MaxWait)
+		m.rate = newRate(r)
 	default:
 		shared := t.sharedLocked(r.Shared)
 		if shared.rate == nil {
-			shared.rate = limiter.NewBucket(r.Rate, r.Burst, r.MaxWait)
+			shared.rate = newRate(r)
 		}
 		m.rate = shared.rate
 	}
+}
+
+func newRate(r *policy.RateLimit) *limiter.Rate {
+	if r.Pacing {
+		return limiter.NewPacer(r.Rate, r.Burst, r.MaxWait)
+	}
+	return limiter.NewBucket(r.Rate, r.Burst, r.MaxWait)
 }
 
 func (m *gates) addConcurrencyLimit(t *target) {
@@ -336,11 +348,16 @@ func (c *counts) calls() uint64 {
 
 // inFlight never counts a call that has ended: outcomes are read first.
 func (c *counts) inFlight() uint64 {
-	var ended uint64
-	for i := range c.outcomes {
-		ended += c.outcomes[i].Load()
-	}
+	ended := c.ended()
 	return c.admitted.Load() - ended
+}
+
+func (c *counts) ended() uint64 {
+	var n uint64
+	for i := range c.outcomes {
+		n += c.outcomes[i].Load()
+	}
+	return n
 }
 
 // slot returns the semaphore for the kind of call, nil without a limit.

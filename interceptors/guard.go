@@ -40,6 +40,7 @@ type Guard struct {
 	panics   atomic.Uint64
 
 	closed    atomic.Bool
+	done      chan struct{} // closed by Close: ends Hystrix streams
 	closeOnce sync.Once
 	closeErr  error
 	contained sync.Map // names of callbacks whose panic has been logged
@@ -77,14 +78,20 @@ func Parse(name string, yaml []byte) (*resiliencev1.Policy, error) {
 func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
 	o, err := newOptions(opts)
 	client, server := p.GetClient().GetRules(), p.GetServer().GetRules()
-	if err := errors.Join(policy.Validate(p), err, o.checkLimiters(Client, client), o.checkLimiters(Server, server)); err != nil {
+	invalid := policy.Validate(p)
+	var clientRules *policy.Table
+	if invalid == nil {
+		clientRules = policy.NewTable(client)
+		err = errors.Join(err, o.fallbacks.check(clientRules))
+	}
+	if err := errors.Join(invalid, err, o.checkLimiters(Client, client), o.checkLimiters(Server, server)); err != nil {
 		return nil, err
 	}
-	g := &Guard{opts: o, epoch: time.Now()}
+	g := &Guard{opts: o, epoch: time.Now(), done: make(chan struct{})}
 	if slices.ContainsFunc(slices.Concat(client, server), policy.UsesHystrix) {
 		g.hystrix = breaker.NewHystrixScope()
 	}
-	g.client = newSide(g, Client, policy.NewTable(client))
+	g.client = newSide(g, Client, clientRules)
 	g.server = newSide(g, Server, policy.NewTable(server))
 	g.recovers = newRecovers(g)
 	g.drain.init(policy.NewDrain(p.GetServer().GetDrain()))
@@ -142,7 +149,8 @@ func (g *Guard) HystrixName(s Side, target, method string) string {
 }
 
 // Close ends what the guard started: its metrics are no longer collected (what
-// histograms and resilience.drain.aborted have recorded stays with the provider). Calls
+// histograms and resilience.drain.aborted have recorded stays with the provider), and
+// its Hystrix streams end. Calls
 // through the guard go on and are still guarded; Serve and Shutdown refuse to
 // start. Closing again does nothing and returns the first result.
 func (g *Guard) Close() error {
@@ -151,6 +159,7 @@ func (g *Guard) Close() error {
 	}
 	g.closeOnce.Do(func() {
 		g.closed.Store(true)
+		close(g.done)
 		g.closeErr = g.metrics.close()
 	})
 	return g.closeErr

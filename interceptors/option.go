@@ -28,6 +28,7 @@ type options struct {
 	limiters     map[string]ratelimit.Limiter
 	panicHandler func(ctx context.Context, method string, p any, stack []byte)
 	signals      []os.Signal
+	fallbacks    *fallbacks // nil: none
 }
 
 type optionFunc func(*options) error

@@ -124,6 +124,7 @@ func (g *Guard) admitServer(method string) (*gates, error) {
 		err := &RejectedError{Side: Server, Method: method, Reason: ReasonDraining}
 		if m != nil {
 			m.counts.rejected[ReasonDraining.index()].Add(1)
+			m.recordRejection(ReasonDraining, g)
 			err.Rule = m.policy.Rule
 		}
 		return nil, err

@@ -3,8 +3,10 @@ package main
 import (
 	"context"
 	"maps"
+	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 )
@@ -22,6 +24,8 @@ type tally struct {
 	Ended    int // panics included
 	Panicked int
 	Most     int // most calls at one time
+
+	Latest []time.Time // when the latest calls, at most 32, started
 }
 
 func (t tally) inFlight() int { return t.Started - t.Ended }
@@ -52,6 +56,7 @@ func (l *ledger) begin(method string) {
 	t := l.methods[method]
 	t.Started++
 	t.Most = max(t.Most, t.inFlight())
+	t.Latest = append(slices.Clone(t.Latest[max(0, len(t.Latest)-31):]), time.Now()) // a clone: reports hold the old one
 	l.methods[method] = t
 }
 

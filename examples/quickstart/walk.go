@@ -44,7 +44,9 @@ func walkThrough(ctx context.Context, policy *resiliencev1.Policy, p pace, shop 
 
 func (w *walk) all(ctx context.Context, out *os.File) (err error) {
 	show := newProgress(out)
-	w.guard, err = interceptors.New(w.policy, interceptors.WithLogger(slog.New(slog.NewTextHandler(show, withoutTime))))
+	w.guard, err = interceptors.New(w.policy,
+		interceptors.WithLogger(slog.New(slog.NewTextHandler(show, withoutTime))),
+		interceptors.WithFallback(search, noOrders))
 	if err != nil {
 		return err
 	}
@@ -63,6 +65,8 @@ func (w *walk) all(ctx context.Context, out *os.File) (err error) {
 		{"Healthy traffic", w.healthy},
 		{"Place fails: its breaker opens", w.outage},
 		{"Place heals: its breaker closes", w.healing},
+		{"Search fails: its hystrix circuit opens, a fallback answers, it heals", w.circuit},
+		{"Get gets more load than it is paced for", w.pacing},
 		{"List gets more load than its rate limit", w.rateLimit},
 		{"Search gets more load than its concurrency limit", w.concurrencyLimit},
 		{"Handlers panic", w.panics},

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -112,6 +113,10 @@ var space = regexp.MustCompile(`\s+`)
 func squeeze(s string) string { return strings.TrimSpace(space.ReplaceAllString(s, " ")) }
 
 // What follows is shown in the papers.
+
+func dashboard(guard *interceptors.Guard) {
+	http.Handle("/hystrix.stream", guard.HystrixStream())
+}
 
 func fourLines(ctx context.Context, target string, creds grpc.DialOption, listener net.Listener) error {
 	guard, err := interceptors.Load("policy.yaml")                   // every mistake of the file, with line and column

@@ -119,7 +119,7 @@ func BenchmarkHystrix(b *testing.B) {
 			}
 		}, func() bool { time.Sleep(5 * time.Millisecond); return true }) // it does not tell
 	})
-	b.Run("engine", func(b *testing.B) {
+	engine := func(b *testing.B) (h *breaker.Hystrix, one func()) {
 		epoch := time.Now()
 		h, err := breaker.NewHystrix(breaker.HystrixConfig{
 			Name:         breaker.NewHystrixScope().Name("client", "bench", "/a.B/C"),
@@ -128,7 +128,22 @@ func BenchmarkHystrix(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
-		paced(b, func() { call(h, time.Since(epoch), success) }, h.Applied)
+		return h, func() { call(h, time.Since(epoch), success) }
+	}
+	b.Run("engine", func(b *testing.B) {
+		h, one := engine(b)
+		paced(b, one, h.Applied)
+	})
+	b.Run("engine, not paced", func(b *testing.B) { // what is lost, then
+		h, one := engine(b)
+		for range b.N {
+			one()
+		}
+		b.StopTimer()
+		for !h.Applied() {
+			time.Sleep(100 * time.Microsecond)
+		}
+		b.ReportMetric(100*float64(h.Stats(0).Requests)/float64(b.N), "applied-%")
 	})
 }
 

@@ -1,8 +1,12 @@
 package limiter_test
 
 import (
+	"fmt"
+	"syscall"
 	"testing"
 	"time"
+
+	"go.uber.org/ratelimit"
 
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/limiter"
 )
@@ -58,4 +62,48 @@ func BenchmarkSemaphore(b *testing.B) {
 			})
 		})
 	}
+}
+
+// BenchmarkSpacing measures, in real time, how evenly eight callers who want more
+// than the rate are admitted: the median gap as a share of 1/rate, how many of 100
+// gaps are shorter than nine tenths of it, and the share of a core that it takes.
+// Beside it go.uber.org/ratelimit's own Take.
+func BenchmarkSpacing(b *testing.B) {
+	for _, rate := range []int{10, 200, 5000} {
+		arms := []struct {
+			name string
+			take func() func()
+		}{
+			{"pacing", func() func() {
+				p, start := limiter.NewPacer(float64(rate), 10, time.Hour), time.Now()
+				clock := func() time.Duration { return time.Since(start) }
+				return func() {
+					if !p.Take(clock()) && p.Wait(b.Context(), clock) != admitted {
+						b.Error("refused")
+					}
+				}
+			}},
+			{"Take", func() func() { r := ratelimit.New(rate); return func() { r.Take() } }},
+		}
+		for _, arm := range arms {
+			b.Run(fmt.Sprintf("%d/%s", rate, arm.name), func(b *testing.B) {
+				for range b.N {
+					take, start, before := arm.take(), time.Now(), cpu()
+					times := drive(func() time.Duration { return time.Since(start) }, 8, max(3, rate/8), take)
+					interval := time.Second / time.Duration(rate)
+					median, _ := spacing(times, interval)
+					_, early := spacing(times, interval*9/10)
+					b.ReportMetric(float64(median)/float64(interval), "gap/interval")
+					b.ReportMetric(100*float64(early)/float64(len(times)-1), "early-%")
+					b.ReportMetric(float64(cpu()-before)/float64(time.Since(start)), "cores")
+				}
+			})
+		}
+	}
+}
+
+func cpu() int64 {
+	var r syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &r)
+	return r.Utime.Nano() + r.Stime.Nano()
 }

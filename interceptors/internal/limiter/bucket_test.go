@@ -32,7 +32,7 @@ func together(n int, f func(i int)) {
 }
 
 // takeAll takes what there is.
-func takeAll(b *limiter.Bucket, now time.Duration) (n int) {
+func takeAll(b *limiter.Rate, now time.Duration) (n int) {
 	for b.Take(now) {
 		n++
 	}

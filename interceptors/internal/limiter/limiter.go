@@ -1,5 +1,5 @@
 // Package limiter decides whether a call may start now, wait, or not start at
-// all: Bucket by the calls per second, Semaphore by the calls in flight. It knows
+// all: Rate by the calls per second, Semaphore by the calls in flight. It knows
 // neither gRPC nor a clock: time is an argument, the duration since an epoch of
 // the caller's choice on a monotonic clock.
 package limiter

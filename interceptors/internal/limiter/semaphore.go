@@ -118,6 +118,9 @@ func (s *Semaphore) releaseLocked() {
 	s.inFlight.Add(-1)
 }
 
+// InFlight returns the number of calls in flight, without a lock.
+func (s *Semaphore) InFlight() int { return int(s.inFlight.Load()) }
+
 // Stats returns the number of calls in flight and of those that wait.
 func (s *Semaphore) Stats() (inFlight, queued int) {
 	s.mu.Lock()

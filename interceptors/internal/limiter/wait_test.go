@@ -68,7 +68,7 @@ const (
 	ended    = limiter.Ended
 )
 
-func (l *line) bucketIs(b *limiter.Bucket, available float64, waiting int) {
+func (l *line) bucketIs(b *limiter.Rate, available float64, waiting int) {
 	l.Helper()
 	synctest.Wait()
 	if a, w := b.Stats(l.clock()); a != available || w != waiting {

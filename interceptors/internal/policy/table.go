@@ -93,6 +93,27 @@ func (t *Table) Effective(method string) *Effective {
 	return t.byStar
 }
 
+// Covers reports whether something applies to any method that a pattern, for
+// which CheckPattern has no error, matches.
+func (t *Table) Covers(pattern string) bool {
+	prefix, several := strings.CutSuffix(pattern, "*")
+	if t.Effective(prefix) != nil {
+		return true
+	}
+	if !several {
+		return false
+	}
+	covers := func(applies map[string]*Effective) bool {
+		for name, eff := range applies {
+			if eff != nil && strings.HasPrefix(name, prefix) && (prefix != "" || !strings.HasPrefix(name, "/grpc.")) {
+				return true
+			}
+		}
+		return false
+	}
+	return covers(t.byMethod) || covers(t.byService)
+}
+
 // effective applies inheritance and defaults to a method, or to all methods of a
 // service ("/pkg.Service/").
 func (t *Table) effective(method string) *Effective {

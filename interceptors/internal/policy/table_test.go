@@ -336,3 +336,54 @@ func TestNewDrain(t *testing.T) {
 		t.Errorf("set: %+v", got)
 	}
 }
+
+func TestCovers(t *testing.T) {
+	some := clientTable(t, `
+    - methods: ["/a.B/C", "/s.S/*", "/grpc.a.B/C"]
+      breaker: {}
+    - methods: ["/s.S/Off", "/off.S/*"]
+      breaker: {disabled: true}
+    - methods: ["/off.S/On"]
+      timeout: 1s
+`)
+	star := clientTable(t, `
+    - methods: ["*"]
+      timeout: 1s
+    - methods: ["/off.S/*"]
+      timeout: 0s
+`)
+	grpcOnly := clientTable(t, `
+    - methods: ["/grpc.a.B/*", "/grpc.c.D/E"]
+      timeout: 1s
+`)
+	for pattern, want := range map[string][3]bool{ // some, star, grpcOnly
+		"*":           {true, true, false},
+		"/a.B/C":      {true, true, false},
+		"/a.B/D":      {false, true, false},
+		"/a.B/*":      {true, true, false},
+		"/a.BB/*":     {false, true, false},
+		"/s.S/*":      {true, true, false},
+		"/s.S/M":      {true, true, false},
+		"/s.S/Off":    {false, true, false},
+		"/off.S/*":    {true, false, false},
+		"/off.S/M":    {false, false, false},
+		"/off.S/On":   {true, false, false},
+		"/grpc.a.B/*": {true, false, true},
+		"/grpc.a.B/C": {true, false, true},
+		"/grpc.c.D/*": {false, false, true},
+		"/grpc.c.D/F": {false, false, false},
+	} {
+		if got := [3]bool{some.Covers(pattern), star.Covers(pattern), grpcOnly.Covers(pattern)}; got != want {
+			t.Errorf("%s: %v, want %v", pattern, got, want)
+		}
+		if err := CheckPattern(pattern); err != nil {
+			t.Errorf("%s: %v", pattern, err)
+		}
+	}
+	if (NewTable(nil)).Covers("*") {
+		t.Error("no rule covers something")
+	}
+	if err := CheckPattern("a.B/C"); err == nil || !strings.Contains(err.Error(), `found "a.B/C", allowed`) {
+		t.Errorf("got %v", err)
+	}
+}

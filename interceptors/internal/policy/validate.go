@@ -99,9 +99,17 @@ func (v *validator) rule(r *resiliencev1.MethodPolicy) {
 
 const patternForms = `"*", "/pkg.Service/*" or "/pkg.Service/Method"`
 
-func (v *validator) pattern(p string) {
+// CheckPattern returns what is wrong with a pattern that is not in a policy.
+func CheckPattern(p string) error {
 	if !isPattern(p) {
-		v.fail("", "found %s, allowed %s", quoted(p), patternForms)
+		return fmt.Errorf("found %s, allowed %s", quoted(p), patternForms)
+	}
+	return nil
+}
+
+func (v *validator) pattern(p string) {
+	if err := CheckPattern(p); err != nil {
+		v.fail("", "%v", err)
 	} else if first, twice := v.patterns[p]; twice {
 		v.record("", mistake{first: first, text: fmt.Sprintf("found %s a second time, allowed once, first at %s", quoted(p), first)})
 	} else {

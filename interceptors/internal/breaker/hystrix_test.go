@@ -1,0 +1,547 @@
+package breaker_test
+
+import (
+	"fmt"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/afex/hystrix-go/hystrix"
+	metriccollector "github.com/afex/hystrix-go/hystrix/metric_collector"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
+)
+
+// circuit is a Hystrix under test. hystrix-go has its own clock and goroutines, so
+// this is in real time: what takes time is waited for.
+type circuit struct {
+	*testing.T
+	*breaker.Hystrix
+	name  string
+	epoch time.Time
+
+	mu          sync.Mutex
+	transitions []string
+}
+
+func hystrixConfig(name string) breaker.HystrixConfig {
+	return breaker.HystrixConfig{Name: name, ErrorPercent: 50, RequestVolume: 20, SleepWindow: 30 * time.Millisecond, Epoch: time.Now()}
+}
+
+var methods int
+
+func newCircuit(t *testing.T, sleep time.Duration) *circuit {
+	t.Helper()
+	methods++
+	c := &circuit{T: t, name: breaker.NewHystrixScope().Name("client", "test", fmt.Sprintf("/a.B/C%d", methods))}
+	cfg := hystrixConfig(c.name)
+	cfg.SleepWindow = sleep
+	h, err := breaker.NewHystrix(cfg, func(tr breaker.Transition) {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.transitions = append(c.transitions, fmt.Sprintf("%v>%v %v", tr.From, tr.To, tr.Cause))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Hystrix, c.epoch = h, cfg.Epoch
+	return c
+}
+
+func (c *circuit) now() time.Duration { return time.Since(c.epoch) }
+
+func (c *circuit) until(what string, f func() bool) {
+	c.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !f(); runtime.Gosched() {
+		if time.Now().After(deadline) {
+			c.Fatalf("not %s: %+v", what, c.Stats(c.now()))
+		}
+	}
+}
+
+// is waits until all is applied and expects a state, ours and hystrix-go's.
+func (c *circuit) is(want breaker.State) {
+	c.Helper()
+	c.until("applied", c.Applied)
+	if s := c.Stats(c.now()); s.State != want || c.foreign().IsOpen() != (want != closed) {
+		c.Fatalf("%+v and hystrix-go open %v, want %v", s, c.foreign().IsOpen(), want)
+	}
+}
+
+// foreign is the circuit as others find it.
+func (c *circuit) foreign() *hystrix.CircuitBreaker {
+	c.Helper()
+	found, created, err := hystrix.GetCircuit(c.name)
+	if created || err != nil {
+		c.Fatalf("created %v: %v", created, err)
+	}
+	return found
+}
+
+func (c *circuit) begin(n int) []breaker.Ticket {
+	c.Helper()
+	tickets := make([]breaker.Ticket, n)
+	for i := range tickets {
+		t, _, ok := c.Acquire(c.now())
+		if !ok {
+			c.Fatal("rejected")
+		}
+		tickets[i] = t
+	}
+	return tickets
+}
+
+// end ends calls, no faster than hystrix-go takes it.
+func (c *circuit) end(tickets []breaker.Ticket, r breaker.Result) {
+	for i, t := range tickets {
+		c.Done(t, c.now(), r, false)
+		if i%100 == 99 {
+			c.until("applied", c.Applied)
+		}
+	}
+}
+
+func (c *circuit) trip() {
+	c.Helper()
+	c.end(c.begin(20), failure)
+	c.until("open", func() bool { return c.Stats(c.now()).State == open })
+	c.is(open)
+}
+
+// probe waits for the sleep window to be over.
+func (c *circuit) probe() breaker.Ticket {
+	c.Helper()
+	var t breaker.Ticket
+	c.until("half-open", func() (ok bool) { t, _, ok = c.Acquire(c.now()); return ok })
+	if !t.Probe() {
+		c.Fatal("admitted without being a probe")
+	}
+	return t
+}
+
+func (c *circuit) saw(want ...string) {
+	c.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if got := strings.Join(c.transitions, ", "); got != strings.Join(want, ", ") {
+		c.Errorf("transitions %s, want %s", got, strings.Join(want, ", "))
+	}
+}
+
+const (
+	opens    = "closed>open error_percent"
+	probes   = "open>half_open sleep_window"
+	closes   = "half_open>closed probe_success"
+	reopens  = "half_open>open probe_failure"
+	thousand = 1000
+)
+
+// A thousand late successes and a thousand late failures around each transition.
+func TestCase14_HystrixStaleResults(t *testing.T) {
+	late := func(c *circuit, successes, failures []breaker.Ticket, want breaker.State) {
+		c.Helper()
+		c.end(successes, success)
+		c.is(want)
+		c.end(failures, failure)
+		c.is(want)
+	}
+	t.Run("opening", func(t *testing.T) {
+		c := newCircuit(t, time.Hour)
+		successes, failures := c.begin(thousand), c.begin(thousand)
+		c.trip()
+		late(c, successes, failures, open)
+		c.saw(opens)
+	})
+	t.Run("half-open", func(t *testing.T) {
+		c := newCircuit(t, 30*time.Millisecond)
+		successes, failures := c.begin(thousand), c.begin(thousand)
+		c.trip()
+		probe := c.probe()
+		late(c, successes, failures, halfOpen)
+		c.Done(probe, c.now(), success, false)
+		c.is(closed)
+		if s := c.Stats(c.now()); s.Requests != 1 || s.Failures != 0 {
+			t.Errorf("%+v, want the probe alone", s)
+		}
+		c.saw(opens, probes, closes)
+	})
+	t.Run("closing", func(t *testing.T) {
+		c := newCircuit(t, 30*time.Millisecond)
+		successes, failures := c.begin(thousand), c.begin(thousand)
+		c.trip()
+		c.Done(c.probe(), c.now(), success, false)
+		late(c, successes, failures, closed)
+		if s := c.Stats(c.now()); s.Requests != 1 || s.Failures != 0 {
+			t.Errorf("%+v, want the probe alone", s)
+		}
+		c.saw(opens, probes, closes)
+	})
+	t.Run("reopening", func(t *testing.T) {
+		c := newCircuit(t, time.Millisecond)
+		c.trip()
+		var successes, failures []breaker.Ticket // of probes whose leases have expired
+		for range 50 {
+			successes, failures = append(successes, c.probe()), append(failures, c.probe())
+		}
+		c.Done(c.probe(), c.now(), failure, false)
+		late(c, successes, failures, open)
+		c.saw(opens, probes, reopens)
+	})
+}
+
+// gate is a collector of another's that can hold hystrix-go's queue up.
+type gate struct {
+	mu   sync.Mutex
+	seen []metriccollector.MetricResult
+}
+
+func (g *gate) Update(r metriccollector.MetricResult) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.seen = append(g.seen, r)
+}
+func (g *gate) Reset() {}
+
+// holding has a gate for each circuit that is made while it is set.
+var holding struct {
+	sync.Mutex
+	gates map[string]*gate
+}
+
+var register = sync.OnceFunc(func() {
+	metriccollector.Registry.Register(func(name string) metriccollector.MetricCollector {
+		holding.Lock()
+		defer holding.Unlock()
+		g := new(gate)
+		if holding.gates != nil {
+			holding.gates[name] = g
+		}
+		return g
+	})
+})
+
+// gateOf makes the circuits of f with gates and returns that of a name.
+func gated(t *testing.T, f func() *circuit) (*circuit, *gate) {
+	t.Helper()
+	register()
+	holding.Lock()
+	holding.gates = map[string]*gate{}
+	holding.Unlock()
+	c := f()
+	holding.Lock()
+	defer holding.Unlock()
+	g := holding.gates[c.name]
+	holding.gates = nil
+	return c, g
+}
+
+func TestHystrixClosesWhenItsQueueIsEmpty(t *testing.T) {
+	c, g := gated(t, func() *circuit { return newCircuit(t, 30*time.Millisecond) })
+	c.trip()
+	g.mu.Lock() // the queue stands still
+	refused := 0
+	var probe breaker.Ticket
+	c.until("half-open", func() (ok bool) {
+		if probe, _, ok = c.Acquire(c.now()); !ok {
+			refused++
+		}
+		return ok && refused > 0
+	})
+	if _, _, ok := c.Acquire(c.now()); ok || c.Applied() {
+		t.Fatal("nothing is queued")
+	}
+	c.Done(probe, c.now(), success, false)
+	if s := c.Stats(c.now()); s.State != closed || !c.foreign().IsOpen() {
+		t.Errorf("%+v, hystrix-go open %v", s, c.foreign().IsOpen())
+	}
+	// Until hystrix-go closes too, calls pass and are not counted.
+	c.end(c.begin(50), failure)
+	if c.Idle(c.now()) {
+		t.Error("idle while closing")
+	}
+	c.until("held up", func() bool { return len(g.seen) >= 20 }) // the failures that opened it
+	g.mu.Unlock()
+	c.until("closed by the probe alone", func() bool { s := c.Stats(c.now()); return s.Requests == 1 && s.Failures == 0 })
+	c.is(closed)
+	c.end(c.begin(100), success)
+	c.is(closed)
+	c.saw(opens, probes, closes)
+}
+
+// What hystrix-go does alone.
+func TestHystrixPlainReopensFromItsQueue(t *testing.T) {
+	c, g := gated(t, func() *circuit { return newCircuit(t, 30*time.Millisecond) })
+	plain := c.foreign()
+	report := func(event string, n int) {
+		for range n {
+			if err := plain.ReportEvent([]string{event}, time.Now(), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	report("failure", 20)
+	c.until("open", plain.IsOpen)
+	g.mu.Lock()
+	report("short-circuit", 1) // is being applied
+	report("short-circuit", 500)
+	g.mu.Unlock()
+	report("success", 1)
+	c.until("reopened", plain.IsOpen)
+}
+
+func TestHystrixKeepsTheProbeOfACallThatAnotherGateRefuses(t *testing.T) {
+	c := newCircuit(t, 30*time.Millisecond)
+	c.trip()
+	c.until("ready", func() bool { _, ok := c.Ready(c.now()); return ok })
+	for range 10 { // ready for all who ask
+		if _, ok := c.Ready(c.now()); !ok {
+			t.Fatal("the probe is lost")
+		}
+		if s := c.Stats(c.now()); s.State != open || s.RetryAfter != 0 {
+			t.Fatalf("%+v, want open, and a probe at once", s)
+		}
+	}
+	probe, _, ok := c.Acquire(c.now())
+	if !ok || !probe.Probe() {
+		t.Fatal("no probe")
+	}
+	c.Done(probe, c.now(), success, false)
+	c.is(closed)
+}
+
+func TestCase11_HystrixProbeCancelledByItsCaller(t *testing.T) {
+	c := newCircuit(t, 30*time.Millisecond)
+	c.trip()
+	c.Done(c.probe(), c.now(), breaker.Canceled, false)
+	c.is(halfOpen)
+	c.Done(c.probe(), c.now(), success, false) // after a sleep window
+	c.is(closed)
+	c.saw(opens, probes, closes)
+}
+
+func TestHystrixRejectionsSayWhenToComeBack(t *testing.T) {
+	c := newCircuit(t, time.Hour)
+	c.trip()
+	for range 2 {
+		ready, ok1 := c.Ready(c.now())
+		acquire, _, ok2 := func() (time.Duration, breaker.Ticket, bool) { t, d, ok := c.Acquire(c.now()); return d, t, ok }()
+		stats := c.Stats(c.now()).RetryAfter
+		for _, d := range []time.Duration{ready, acquire, stats} {
+			if ok1 || ok2 || d <= 59*time.Minute || d > time.Hour {
+				t.Errorf("retry after %v, %v, %v; ready %v, acquired %v", ready, acquire, stats, ok1, ok2)
+			}
+		}
+	}
+}
+
+func TestHystrixTellsItsCollectors(t *testing.T) {
+	c, g := gated(t, func() *circuit { return newCircuit(t, time.Hour) })
+	volume := hystrixConfig(c.name)
+	volume.SleepWindow, volume.RequestVolume, volume.ErrorPercent = time.Hour, 41, 60 // not before the last
+	if _, err := breaker.NewHystrix(volume, nil); err != nil {
+		t.Fatal(err)
+	}
+	results := []breaker.Result{breaker.Ignored, success, failure, breaker.Timeout, breaker.Canceled, breaker.Expired}
+	for i, r := range results {
+		for range i + 1 {
+			ticket, _, _ := c.Acquire(0)
+			c.Done(ticket, time.Second, r, false)
+		}
+	}
+	c.until("applied", c.Applied)
+	c.Done(breaker.Ticket{}, 0, failure, false) // belongs to no call
+	c.trip()
+	if _, ok := c.Ready(c.now()); ok {
+		t.Error("ready")
+	}
+	c.until("applied", func() bool { g.mu.Lock(); defer g.mu.Unlock(); return len(g.seen) == 21+20+1 })
+	var sum metriccollector.MetricResult
+	for i, r := range g.seen {
+		sum.Attempts += r.Attempts
+		sum.Successes += r.Successes
+		sum.Failures += r.Failures
+		sum.Timeouts += r.Timeouts
+		sum.ContextCanceled += r.ContextCanceled
+		sum.ContextDeadlineExceeded += r.ContextDeadlineExceeded
+		sum.ShortCircuits += r.ShortCircuits
+		if i < 21 && r.RunDuration != time.Second {
+			t.Errorf("took %v, want 1s", r.RunDuration)
+		}
+	}
+	want := metriccollector.MetricResult{Attempts: 42, Successes: 2, Failures: 3 + 20, Timeouts: 4, ContextCanceled: 5, ContextDeadlineExceeded: 6, ShortCircuits: 1}
+	if sum != want {
+		t.Errorf("%+v, want %+v", sum, want)
+	}
+}
+
+func TestHystrixOthersChangeTheCircuit(t *testing.T) {
+	t.Run("close", func(t *testing.T) {
+		c := newCircuit(t, time.Hour)
+		stale := c.begin(10)
+		c.trip()
+		if err := c.foreign().ReportEvent([]string{"success"}, time.Now(), 0); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := c.Ready(c.now()); !ok {
+			t.Error("rejected by a closed circuit")
+		}
+		c.end(stale, failure)
+		c.is(closed)
+	})
+	t.Run("take the probe", func(t *testing.T) {
+		c := newCircuit(t, 30*time.Millisecond)
+		c.trip()
+		c.until("granted", c.foreign().AllowRequest)
+		if d, ok := c.Ready(c.now()); ok || d <= 0 {
+			t.Errorf("ready %v, retry after %v", ok, d)
+		}
+		c.Done(c.probe(), c.now(), success, false)
+		c.is(closed)
+	})
+	t.Run("flush", func(t *testing.T) {
+		c := newCircuit(t, time.Hour)
+		stale := c.begin(100)
+		c.trip()
+		hystrix.Flush()
+		c.begin(1)
+		c.is(closed)
+		c.end(stale, failure)
+		c.is(closed)
+		c.trip()
+		hystrix.Flush()
+		if s := c.Stats(c.now()); s.State != closed {
+			t.Errorf("%+v", s)
+		}
+	})
+}
+
+// panicky is a logger of hystrix-go's that panics at a message.
+type panicky string
+
+func (p panicky) Printf(format string, _ ...any) {
+	if strings.Contains(format, string(p)) {
+		panic(format)
+	}
+}
+
+func TestCase17_HystrixLoggerPanics(t *testing.T) {
+	defer hystrix.SetLogger(hystrix.DefaultLogger)
+	for _, at := range []string{"opening", "allowing", "closing"} {
+		hystrix.SetLogger(panicky(at))
+		c, panics := newCircuit(t, 30*time.Millisecond), 0
+		contain := func(f func()) {
+			defer func() {
+				if recover() != nil {
+					panics++
+				}
+			}()
+			f()
+		}
+		c.end(c.begin(20), failure)
+		c.until("applied", c.Applied)
+		c.until("closed again", func() (closedAgain bool) {
+			contain(func() {
+				if ticket, _, ok := c.Acquire(c.now()); ok {
+					c.Done(ticket, c.now(), success, false)
+				}
+			})
+			if panics == 1 {
+				hystrix.SetLogger(hystrix.DefaultLogger)
+				contain(func() { closedAgain = c.Stats(c.now()).State == closed })
+			}
+			return closedAgain
+		})
+	}
+}
+
+func TestHystrixOfOneNameIsOneCircuit(t *testing.T) {
+	c := newCircuit(t, time.Hour)
+	c.trip()
+	again, err := breaker.NewHystrix(hystrixConfig(c.name), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := again.Stats(c.now()); s.State != open {
+		t.Errorf("%+v, want what the other knows", s)
+	}
+}
+
+func TestHystrixNames(t *testing.T) {
+	a, b := breaker.NewHystrixScope(), breaker.NewHystrixScope()
+	if a == b || b.Name("server", "", "/p.S/M") == a.Name("server", "", "/p.S/M") {
+		t.Errorf("%v and %v are the same", a, b)
+	}
+	if got := breaker.HystrixScope(1).Name("client", "dns:///shop:443", "/p.S/M"); got != "grpc.client/dns:///shop:443/p.S/M" {
+		t.Error(got)
+	}
+	if got := breaker.HystrixScope(2).Name("server", "", "/p.S/M"); got != "grpc2.server/p.S/M" {
+		t.Error(got)
+	}
+}
+
+// errMade is what becomes of a circuit that others have made before anybody
+// listened to new ones.
+var errMade = func() error {
+	const name = "grpc.client/made/a.B/First"
+	if _, _, err := hystrix.GetCircuit(name); err != nil {
+		return nil
+	}
+	breaker.NewHystrixScope()
+	_, err := breaker.NewHystrix(hystrixConfig(name), nil)
+	return err
+}()
+
+func TestHystrixCircuitOfOthers(t *testing.T) {
+	if errMade == nil {
+		t.Error("no error: what hystrix-go applies to it is not heard")
+	}
+	late, _, _ := hystrix.GetCircuit("grpc.client/made/a.B/Second")
+	if _, err := breaker.NewHystrix(hystrixConfig(late.Name), nil); err != nil {
+		t.Error(err)
+	}
+}
+
+// All at once, hystrix-go's other users too: nothing is stuck, and both agree.
+func TestHystrixAllAtOnce(t *testing.T) {
+	c := newCircuit(t, 2*time.Millisecond)
+	stop, healthy := time.Now().Add(500*time.Millisecond), time.Now().Add(250*time.Millisecond)
+	together(5, func(i int) {
+		foreign := c.foreign()
+		for n := 0; time.Now().Before(stop); n++ {
+			if i == 0 {
+				foreign.IsOpen()
+				c.Idle(c.now())
+				runtime.Gosched()
+				continue
+			}
+			if _, ok := c.Ready(c.now()); !ok && n%3 == 0 {
+				continue
+			}
+			ticket, _, ok := c.Acquire(c.now())
+			if !ok {
+				continue
+			}
+			r := []breaker.Result{success, breaker.Ignored, breaker.Canceled, breaker.Expired}[n%4]
+			if time.Now().Before(healthy) && n%2 == 0 {
+				r = []breaker.Result{failure, breaker.Timeout}[n/2%2]
+			}
+			c.Done(ticket, c.now(), r, false)
+		}
+	})
+	c.until("closed", func() bool {
+		if c.Stats(c.now()).State == closed && c.Applied() {
+			return !c.foreign().IsOpen()
+		}
+		if ticket, _, ok := c.Acquire(c.now()); ok && ticket.Probe() {
+			c.Done(ticket, c.now(), success, false)
+		}
+		return false
+	})
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.transitions) < 3 {
+		t.Errorf("transitions %v: not all was tried", c.transitions)
+	}
+}

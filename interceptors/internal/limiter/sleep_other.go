@@ -1,0 +1,9 @@
+//go:build !linux
+
+package limiter
+
+import "time"
+
+const canNap = false
+
+func sleepThread(time.Duration) {}

@@ -1,0 +1,264 @@
+package interceptors
+
+import (
+	"cmp"
+	"container/list"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+	"weak"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
+)
+
+// The defaults of LastGoodConfig.
+const (
+	defaultMaxEntries = 1000
+	defaultMaxBytes   = 16 << 20
+)
+
+// LastGoodConfig says what LastGood keeps, and for how long. The zero value is
+// not valid: MaxAge is required.
+type LastGoodConfig struct {
+	// MaxAge is how old, since its call ended, a reply may be to be an answer.
+	// Required, more than 0.
+	MaxAge time.Duration
+
+	// MaxEntries is how many replies are kept; beyond that, the one that was
+	// learned or handed out the longest ago is forgotten. 0: 1000.
+	MaxEntries int
+
+	// MaxBytes is how many bytes the replies and their keys may take, marshalled;
+	// beyond that, as with MaxEntries. What does not fit alone is not kept. The
+	// bookkeeping of an entry, some 300 bytes, is not in it. 0: 16 MiB.
+	MaxBytes int
+
+	// Key says which calls of a target and method have the same answer; ok is
+	// false for a call that is neither to be learned nor to be answered. It is
+	// called before each call, on the caller's goroutine, and must be safe for
+	// concurrent use. If it panics, the panic is logged, once, and the call is not
+	// learned or answered.
+	//
+	// nil: calls have the same answer if they are made on the same channel, with
+	// the same request and the same outgoing metadata in ctx. Requests that are no
+	// proto.Message, and calls with an option grpc.PerRPCCredentials or
+	// grpc.CallAuthority, are neither learned nor answered.
+	Key func(ctx context.Context, method string, req any) (key string, ok bool)
+}
+
+// LastGood is a fallback that answers with the last good reply to the same
+// request, if it is not older than cfg.MaxAge; it returns the cause if there is
+// none. It is asked when a fallback of WithFallback would be, whether or not the
+// call's deadline is over. It learns from the calls that returned nil with the
+// outcome Success; replies that are no proto.Message are not learned, and none is
+// an answer where another message type is asked for. The caller's reply is a
+// copy of its own.
+//
+// The same request is one that no other caller could have another reply to, and
+// what LastGood cannot see it cannot heed. That is metadata added further in, by
+// interceptors behind the guard or by per-RPC credentials of the channel that look
+// into the context: where these say who is asking, put the interceptor in front of
+// the guard, or give a Key that has the caller in it. Metadata that is new on each
+// call, such as a request id, makes every request another one: there, too, give a
+// Key.
+//
+// What it has learned belongs to one guard and goes with it; no goroutine is
+// started. New returns an error for what WithFallback names, for a cfg.MaxAge that
+// is not more than 0, and for limits below 0.
+func LastGood(pattern string, cfg LastGoodConfig) Option {
+	return optionFunc(func(o *options) error {
+		var errs []error
+		if cfg.MaxAge <= 0 {
+			errs = append(errs, fmt.Errorf("LastGood: MaxAge of %q: found %v, allowed more than 0s", pattern, cfg.MaxAge))
+		}
+		if cfg.MaxEntries < 0 {
+			errs = append(errs, fmt.Errorf("LastGood: MaxEntries of %q: found %d, allowed 0 (%d) or more", pattern, cfg.MaxEntries, defaultMaxEntries))
+		}
+		if cfg.MaxBytes < 0 {
+			errs = append(errs, fmt.Errorf("LastGood: MaxBytes of %q: found %d, allowed 0 (%d) or more", pattern, cfg.MaxBytes, defaultMaxBytes))
+		}
+		errs = append(errs, o.addFallback("LastGood", pattern, &fallback{lastGood: newLastGood(cfg)}))
+		return errors.Join(errs...)
+	})
+}
+
+// lastGood holds the replies that a pattern's calls were given, marshalled: a
+// message in memory takes many times the size that could be accounted for.
+type lastGood struct {
+	maxAge               time.Duration
+	maxEntries, maxBytes int
+	key                  func(ctx context.Context, method string, req any) (string, bool) // nil: the default
+
+	mu      sync.Mutex // guards what follows
+	entries map[entryKey]*list.Element
+	order   *list.List // of *entry, the latest used first
+	bytes   int        // of all entries
+}
+
+// entryKey is what calls have in common that have the same answer.
+type entryKey struct {
+	channel             weak.Pointer[grpc.ClientConn] // with the default key, for its credentials
+	target, method, key string
+}
+
+// entry is a reply. It is not changed once it is made.
+type entry struct {
+	key     entryKey
+	kind    protoreflect.FullName
+	reply   []byte
+	learned time.Duration
+}
+
+func (e *entry) size() int { return e.key.size() + len(e.reply) }
+
+func (k *entryKey) size() int { return len(k.target) + len(k.method) + len(k.key) }
+
+func newLastGood(cfg LastGoodConfig) *lastGood {
+	return &lastGood{
+		maxAge:     cfg.MaxAge,
+		maxEntries: cmp.Or(cfg.MaxEntries, defaultMaxEntries),
+		maxBytes:   cmp.Or(cfg.MaxBytes, defaultMaxBytes),
+		key:        cfg.Key,
+		entries:    map[entryKey]*list.Element{},
+		order:      list.New(),
+	}
+}
+
+// question is what a call asks, in a lastGood's words.
+type question struct {
+	to  *lastGood // nil: nothing that can be learned or answered
+	key entryKey
+}
+
+func (q *question) known() bool { return q.to != nil }
+
+// ask makes the question of a call whose fallback is f.
+func (c *call) ask(ctx context.Context, f *fallback, req any, cc *grpc.ClientConn, opts []grpc.CallOption) (q question) {
+	if f == nil || f.lastGood == nil {
+		return q
+	}
+	l := f.lastGood
+	key := entryKey{target: c.gates.target, method: c.method}
+	if key.target == overflow && cc != nil {
+		key.target = cc.CanonicalTarget()
+	}
+	c.guard.contain(f.keyName, func() {
+		ok := false
+		if l.key != nil {
+			key.key, ok = l.key(ctx, c.method, req)
+		} else {
+			key.channel = weak.Make(cc)
+			key.key, ok = wholeRequest(ctx, req, opts)
+		}
+		if ok {
+			q = question{to: l, key: key}
+		}
+	})
+	return q
+}
+
+// wholeRequest is the default key: the metadata, sorted, each string with its
+// length, and the request.
+func wholeRequest(ctx context.Context, req any, opts []grpc.CallOption) (key string, ok bool) {
+	for _, opt := range opts {
+		switch opt.(type) {
+		case grpc.PerRPCCredsCallOption, *grpc.PerRPCCredsCallOption, grpc.AuthorityOverrideCallOption, *grpc.AuthorityOverrideCallOption:
+			return "", false
+		}
+	}
+	m, ok := req.(proto.Message)
+	if !ok {
+		return "", false
+	}
+	md, _ := metadata.FromOutgoingContext(ctx)
+	b := binary.AppendUvarint(nil, uint64(len(md)))
+	for _, name := range slices.Sorted(maps.Keys(md)) {
+		b = appendString(b, name)
+		b = binary.AppendUvarint(b, uint64(len(md[name])))
+		for _, value := range md[name] {
+			b = appendString(b, value)
+		}
+	}
+	b, err := proto.MarshalOptions{Deterministic: true}.MarshalAppend(b, m)
+	return string(b), err == nil
+}
+
+func appendString(b []byte, s string) []byte {
+	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
+}
+
+// learn keeps the reply to a question. Where it cannot be kept, what was known
+// before is not the last one any more.
+func (l *lastGood) learn(key entryKey, reply any, now time.Duration) {
+	m, ok := reply.(proto.Message)
+	if !ok {
+		return
+	}
+	var e *entry
+	if key.size()+proto.Size(m) <= l.maxBytes {
+		if b, err := (proto.MarshalOptions{AllowPartial: true}).Marshal(m); err == nil {
+			e = &entry{key: key, kind: m.ProtoReflect().Descriptor().FullName(), reply: b, learned: now}
+		}
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.forgetLocked(l.entries[key])
+	if e == nil {
+		return
+	}
+	l.entries[key] = l.order.PushFront(e)
+	l.bytes += e.size()
+	for l.bytes > l.maxBytes || l.order.Len() > l.maxEntries {
+		l.forgetLocked(l.order.Back())
+	}
+}
+
+func (l *lastGood) forgetLocked(at *list.Element) {
+	if at == nil {
+		return
+	}
+	e := l.order.Remove(at).(*entry)
+	delete(l.entries, e.key)
+	l.bytes -= e.size()
+}
+
+// find returns what was learned, nil if that is nothing or too old.
+func (l *lastGood) find(key entryKey, now time.Duration) *entry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	at := l.entries[key]
+	if at == nil {
+		return nil
+	}
+	e := at.Value.(*entry)
+	if now-e.learned > l.maxAge {
+		l.forgetLocked(at)
+		return nil
+	}
+	l.order.MoveToFront(at)
+	return e
+}
+
+// answer fills reply, or returns cause.
+func (q *question) answer(reply any, now time.Duration, cause error) error {
+	m, ok := reply.(proto.Message)
+	if !ok || !q.known() {
+		return cause
+	}
+	e := q.to.find(q.key, now)
+	if e == nil || e.kind != m.ProtoReflect().Descriptor().FullName() {
+		return cause
+	}
+	if (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(e.reply, m) != nil {
+		return cause
+	}
+	return nil
+}
