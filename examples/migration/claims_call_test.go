@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -291,7 +292,7 @@ func goroutinesOfFailsafe(t *testing.T) {
 	}
 	want(t, "goroutines", started(t, failsafegrpc.NewUnaryClientInterceptor(gates...), failsafeCode), 0)
 
-	timed := append(gates[:3:3], failsafetimeout.New[any](time.Minute))
+	timed := slices.Concat(gates, []failsafe.Policy[any]{failsafetimeout.New[any](time.Minute)})
 	want(t, "goroutines with a timeout", started(t, failsafegrpc.NewUnaryClientInterceptor(timed...), failsafeCode), 1)
 	eventually(t, "it ends with the call", func() bool { return len(goroutines("created by "+failsafeCode)) == 0 })
 

@@ -3,6 +3,7 @@ package migration
 import (
 	"context"
 	"errors"
+	"net"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -120,7 +121,7 @@ func TestFailsafePage(t *testing.T) {
 		orders := open(t, s, nil, client...)
 		place := func() error { return why(placed(t.Context(), orders)) }
 
-		s.place = func(context.Context) error { time.Sleep(time.Second); return nil }
+		s.from(func(context.Context) error { time.Sleep(time.Second); return nil })
 		results := make(chan error, 100)
 		for range cap(results) {
 			go func() { results <- place() }()
@@ -134,22 +135,22 @@ func TestFailsafePage(t *testing.T) {
 		}
 
 		time.Sleep(time.Minute)
-		s.place = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+		s.from(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
 		began = time.Now()
 		want(t, "a call that hangs", place(), errLate)
 		want(t, "it took", time.Since(began), 2*time.Second)
 
 		time.Sleep(time.Minute)
-		s.place = missing
+		s.from(missing)
 		for range 10 {
 			want(t, "NOT_FOUND", status.Code(place()), codes.NotFound)
 		}
-		s.place = fail
+		s.from(fail)
 		for range 10 {
 			want(t, "a failure", status.Code(place()), codes.Unavailable)
 		}
 		want(t, "the call after half of 20 failed", place(), errOpen)
-		s.place = nil
+		s.from(nil)
 		time.Sleep(5 * time.Second)
 		for range 2 {
 			want(t, "a call after 5s", place(), nil)
@@ -176,6 +177,24 @@ func TestFailsafePageServer(t *testing.T) {
 	}
 }
 
+func TestBothSides(t *testing.T) {
+	inFolder(t, blocks(t, failsafePage, "yaml")[0])
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, srv, err := bothSides(lis.Addr().String(), insecureCreds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	serve(t, lis, srv, &shop{place: crash})
+	err = placed(t.Context(), shopv1.NewOrdersClient(conn))
+	want(t, "the panic of a handler", status.Code(err), codes.Internal)
+	if err := conn.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
 // With failsafe-go's breaker outside of its bulkhead, as it should be, a full
 // bulkhead opens the breaker; unless HandleIf lets its error pass.
 func TestRejectionsAreFailuresToFailsafe(t *testing.T) {
@@ -193,9 +212,9 @@ func TestFailsafeDefaults(t *testing.T) {
 		breaker := circuitbreaker.NewWithDefaults[any]()
 		breaker.RecordFailure()
 		want(t, "after one failure", breaker.State(), circuitbreaker.OpenState)
-		time.Sleep(time.Minute - 1)
+		time.Sleep(time.Minute - time.Nanosecond)
 		want(t, "within a minute", breaker.TryAcquirePermit(), false)
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		want(t, "after it", breaker.TryAcquirePermit(), true)
 	})
 

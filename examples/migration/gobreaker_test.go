@@ -80,21 +80,22 @@ func TestGobreakerPage(t *testing.T) {
 		orders := open(t, s, nil, client...)
 		place := func() error { return why(placed(t.Context(), orders)) }
 
-		s.place = missing
+		s.from(missing)
 		for range 10 {
 			want(t, "NOT_FOUND", status.Code(place()), codes.NotFound)
 		}
-		s.place = fail
+		s.from(fail)
 		for range 10 {
 			want(t, "a failure", status.Code(place()), codes.Unavailable)
 		}
 		want(t, "the call after half of 20 failed", place(), errOpen)
+		s.from(nil)
 		_, err := orders.Get(t.Context(), new(shopv1.GetRequest))
 		want(t, "another method", err, nil)
 
 		time.Sleep(5*time.Second + 1)
 		end := make(chan struct{})
-		s.place = func(context.Context) error { <-end; return nil }
+		s.from(func(context.Context) error { <-end; return nil })
 		probes := make(chan error, 3)
 		for range cap(probes) {
 			go func() { probes <- place() }()
@@ -124,7 +125,7 @@ func TestGobreakerDefaults(t *testing.T) {
 		want(t, "after six", breaker.State(), gobreaker.StateOpen)
 		time.Sleep(time.Minute)
 		want(t, "for a minute", breaker.State(), gobreaker.StateOpen)
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		want(t, "after it", breaker.State(), gobreaker.StateHalfOpen)
 		probe := mustHold(t, call)
 		want(t, "a second probe", call(succeed), gobreaker.ErrTooManyRequests)

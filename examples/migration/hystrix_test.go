@@ -130,12 +130,12 @@ func TestHystrixPage(t *testing.T) {
 				want(t, "a call that runs", <-results, nil)
 			}
 
-			s.get = func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }
+			s.from(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
 			ctx, cancel := context.WithCancel(t.Context())
 			want(t, "a call of more than 500ms", get(ctx, orders, "order-1"), errLate)
 			cancel() // hystrix-go has not
 
-			s.get = fail
+			s.from(fail)
 			eventually(t, "the circuit opens", func() bool { return get(t.Context(), orders, "order-1") == errOpen })
 		})
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -45,22 +46,39 @@ type shop struct {
 	place func(context.Context) error
 	get   func(context.Context) error
 	watch func(grpc.ServerStreamingServer[shopv1.WatchResponse]) error
+
+	next atomic.Pointer[func(context.Context) error] // in place of place and get, see from
+}
+
+// from tells the shop what its unary methods do from now on; nil: they answer.
+func (s *shop) from(f func(context.Context) error) {
+	if f == nil {
+		f = succeed
+	}
+	s.next.Store(&f)
+}
+
+// unary does as it is told.
+func (s *shop) unary(ctx context.Context, f func(context.Context) error) error {
+	if next := s.next.Load(); next != nil {
+		f = *next
+	}
+	if f == nil {
+		return nil
+	}
+	return f(ctx)
 }
 
 func (s *shop) Place(ctx context.Context, req *shopv1.PlaceRequest) (*shopv1.PlaceResponse, error) {
-	if s.place != nil {
-		if err := s.place(ctx); err != nil {
-			return nil, err
-		}
+	if err := s.unary(ctx, s.place); err != nil {
+		return nil, err
 	}
 	return &shopv1.PlaceResponse{Order: &shopv1.Order{Id: "order-1", Customer: req.GetCustomer()}}, nil
 }
 
 func (s *shop) Get(ctx context.Context, req *shopv1.GetRequest) (*shopv1.GetResponse, error) {
-	if s.get != nil {
-		if err := s.get(ctx); err != nil {
-			return nil, err
-		}
+	if err := s.unary(ctx, s.get); err != nil {
+		return nil, err
 	}
 	return &shopv1.GetResponse{Order: &shopv1.Order{Id: req.GetOrderId()}}, nil
 }

@@ -18,6 +18,8 @@ import (
 	"golang.org/x/time/rate"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 
 	shopv1 "github.com/grpc-resilience/grpc-resilience/examples/shop/v1"
@@ -163,6 +165,28 @@ func TestRecoveryInsideOfTheGuard(t *testing.T) {
 	want(t, "panics that the guard was told of", told, 0)
 	want(t, "panics in the snapshot", g.Snapshot().Panics, uint64(0))
 	want(t, "failures", g.Snapshot().Methods[0].Counts.Failure, uint64(1))
+}
+
+// A rule for all methods leaves health checks alone, an interceptor does not.
+func TestHealthIsNotLimited(t *testing.T) {
+	g := mustGuard(t, blocks(t, middlewarePage, "yaml")[1], externalQuota(0))
+	for _, c := range []struct {
+		name   string
+		server []grpc.ServerOption
+		code   codes.Code
+	}{
+		{"before", []grpc.ServerOption{grpc.ChainUnaryInterceptor(ratelimit.UnaryServerInterceptor(newQuota(0)))}, codes.ResourceExhausted},
+		{"after", g.ServerOptions(), codes.OK},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			srv := grpc.NewServer(c.server...)
+			healthpb.RegisterHealthServer(srv, health.NewServer())
+			conn := connect(t, srv, new(shop))
+			want(t, "an order", status.Code(placed(t.Context(), shopv1.NewOrdersClient(conn))), codes.ResourceExhausted)
+			_, err := healthpb.NewHealthClient(conn).Check(t.Context(), new(healthpb.HealthCheckRequest))
+			want(t, "a health check", status.Code(err), c.code)
+		})
+	}
 }
 
 // A handler that calls runtime.Goexit is answered by a guard at once; with
