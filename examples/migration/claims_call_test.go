@@ -63,7 +63,9 @@ func panicInHystrix() {
 }
 
 func panicOfHystrix(t *testing.T) {
-	child := exec.CommandContext(t.Context(), os.Args[0])
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // one that survives may hang
+	defer cancel()
+	child := exec.CommandContext(ctx, os.Args[0])
 	child.Env = append(os.Environ(), panicsInHystrix+"=1")
 	out, err := child.CombinedOutput()
 	exit, ok := errors.AsType[*exec.ExitError](err)
