@@ -63,8 +63,8 @@ func (g *Guard) unaryClient(ctx context.Context, method string, req, reply any, 
 	return nil
 }
 
-// unary takes a unary call through its gates and sends it. That of a call which
-// was not admitted is no outcome, but Neutral.
+// unary takes a unary call through its gates and sends it. A call that was not
+// admitted has no outcome: out is Neutral.
 func (c *call) unary(ctx context.Context, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts []grpc.CallOption) (out Outcome, err error) {
 	if err := c.admit(ctx, c.guard.now()); err != nil {
 		return Neutral, err
