@@ -10,6 +10,9 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/grpc-resilience/grpc-resilience/interceptors"
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
@@ -245,4 +248,71 @@ func BenchmarkEngines(b *testing.B) {
 		places.Release()
 		return nil
 	})
+}
+
+// A guard with a fallback whose calls succeed: nothing to pay.
+func BenchmarkUnaryClientWithFallback(b *testing.B) {
+	f := func(context.Context, string, any, any, error) error { return nil }
+	serialAndParallel(b, unaryClient(mustGuard(b, hotPolicy, interceptors.WithFallback("*", f))))
+}
+
+// BenchmarkLastGood is what learning a reply and answering with it cost, beside
+// marshalling the request and the reply once, which every call does.
+func BenchmarkLastGood(b *testing.B) {
+	ctx := metadata.AppendToOutgoingContext(context.Background(), "authorization", strings.Repeat("x", 100))
+	req, reply := wrapperspb.String(strings.Repeat("q", 100)), wrapperspb.String(strings.Repeat("r", 1000))
+	invoker := func(result error) grpc.UnaryInvoker {
+		return func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return result }
+	}
+	call := func(g *interceptors.Guard, result error) callOnce {
+		intercept, invoke := g.UnaryClientInterceptor(), invoker(result)
+		return func() error { return intercept(ctx, rpctest.Unary, req, reply, nil, invoke) }
+	}
+	config := interceptors.LastGoodConfig{MaxAge: time.Hour}
+	ownKey := config
+	ownKey.Key = func(context.Context, string, any) (string, bool) { return "key", true }
+	b.Run("none", func(b *testing.B) { serialAndParallel(b, call(mustGuard(b, hotPolicy), nil)) })
+	b.Run("learn", func(b *testing.B) {
+		serialAndParallel(b, call(mustGuard(b, hotPolicy, interceptors.LastGood("*", config)), nil))
+	})
+	b.Run("learn, own key", func(b *testing.B) {
+		serialAndParallel(b, call(mustGuard(b, hotPolicy, interceptors.LastGood("*", ownKey)), nil))
+	})
+	b.Run("answer", func(b *testing.B) {
+		g := mustGuard(b, clientRules("concurrency_limit: {max_in_flight: 1000}"), interceptors.LastGood("*", config))
+		if err := call(g, nil)(); err != nil {
+			b.Fatal(err)
+		}
+		serialAndParallel(b, call(g, errDown))
+	})
+	b.Run("marshal", func(b *testing.B) {
+		serialAndParallel(b, func() error {
+			_, err := proto.Marshal(req)
+			if err == nil {
+				_, err = proto.Marshal(reply)
+			}
+			return err
+		})
+	})
+}
+
+// BenchmarkLastGoodOverTheWire is a real call, in memory, with and without
+// learning.
+func BenchmarkLastGoodOverTheWire(b *testing.B) {
+	text := strings.Repeat("r", 1000)
+	for name, opts := range map[string][]interceptors.Option{
+		"none":  nil,
+		"learn": {interceptors.LastGood("*", interceptors.LastGoodConfig{MaxAge: time.Hour})},
+	} {
+		b.Run(name, func(b *testing.B) {
+			g := mustGuard(b, hotPolicy, opts...)
+			conn := rpctest.Start(b, new(rpctest.Service), nil, g.DialOptions())
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := rpctest.Call(b.Context(), conn, rpctest.Unary, text); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
 }

@@ -46,15 +46,25 @@ func (g *Guard) unaryClient(ctx context.Context, method string, req, reply any, 
 		return invoker(ctx, method, req, reply, cc, opts...)
 	}
 	c := call{guard: g, gates: m, method: method}
-	if g.opts.fallbacks != nil {
-		return c.unaryOrFallback(ctx, req, reply, cc, invoker, opts)
+	fs := g.opts.fallbacks
+	var q *question
+	if fs != nil && fs.learn {
+		q = c.ask(ctx, req, cc, opts) // now: interceptors further in may change the request
 	}
-	_, err := c.unary(ctx, req, reply, cc, invoker, opts)
-	return err
+	out, err := c.unary(ctx, req, reply, cc, invoker, opts)
+	switch {
+	case fs == nil:
+		return err
+	case err != nil:
+		return c.orFallback(ctx, q, req, reply, cc, out, err)
+	case q != nil && out == Success:
+		g.contain("LastGood", func() { q.to.learn(q.key, reply, g.now()) })
+	}
+	return nil
 }
 
-// unary takes a unary call through its gates and sends it. That of a call which
-// was not admitted is no outcome, but Neutral.
+// unary takes a unary call through its gates and sends it. A call that was not
+// admitted has no outcome: out is Neutral.
 func (c *call) unary(ctx context.Context, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts []grpc.CallOption) (out Outcome, err error) {
 	if err := c.admit(ctx, c.guard.now()); err != nil {
 		return Neutral, err

@@ -21,7 +21,8 @@
 // that says no ends the call with a [*RejectedError]; what earlier gates handed
 // out is given back, except for tokens. When an admitted call ends, by result,
 // panic, runtime.Goexit, cancellation or abandonment, its outcome is recorded
-// and its permits are released, exactly once.
+// and its permits are released, exactly once. After that, a fallback may answer
+// a unary client call in place of the error (see [WithFallback] and [LastGood]).
 //
 // A method that no rule of the policy matches is not touched, but on a server
 // its panics are recovered and its calls are known to the drain.

@@ -122,28 +122,13 @@ func (fs *fallbacks) of(method string) *fallback {
 	return fs.byPattern[""]
 }
 
-// unaryOrFallback is unary, with what the guard's fallbacks make of its result.
-func (c *call) unaryOrFallback(ctx context.Context, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts []grpc.CallOption) error {
-	fs := c.guard.opts.fallbacks
-	var q question
-	if fs.learn {
-		// Now: interceptors further in may change the request.
-		q = c.ask(ctx, fs.of(c.method), req, cc, opts)
+// orFallback returns what the fallback makes of a call that ended with cause;
+// cause, if there is none or it is not to be asked.
+func (c *call) orFallback(ctx context.Context, q *question, req, reply any, cc *grpc.ClientConn, out Outcome, cause error) error {
+	f := c.guard.opts.fallbacks.of(c.method)
+	if f == nil || !fallsBack(ctx, cc, req, out, cause) {
+		return cause
 	}
-	out, err := c.unary(ctx, req, reply, cc, invoker, opts)
-	switch {
-	case err == nil && out == Success && q.known():
-		c.guard.contain("LastGood", func() { q.to.learn(q.key, reply, c.guard.now()) })
-	case err != nil:
-		if f := fs.of(c.method); f != nil && fallsBack(ctx, cc, req, out, err) {
-			return c.fallBack(ctx, f, &q, req, reply, err)
-		}
-	}
-	return err
-}
-
-// fallBack returns what the fallback makes of a call that ended with cause.
-func (c *call) fallBack(ctx context.Context, f *fallback, q *question, req, reply any, cause error) error {
 	err := cause // also if it panics
 	c.guard.contain(f.name, func() {
 		if f.lastGood != nil {
@@ -156,7 +141,7 @@ func (c *call) fallBack(ctx context.Context, f *fallback, q *question, req, repl
 	return err
 }
 
-// fallsBack reports whether a call that ended with err is one for a fallback.
+// fallsBack reports whether a call that ended with an error is one for a fallback.
 func fallsBack(ctx context.Context, cc *grpc.ClientConn, req any, out Outcome, err error) (yes bool) {
 	if out == Success || ctx.Err() == context.Canceled || isClosed(cc) {
 		return false

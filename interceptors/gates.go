@@ -37,13 +37,13 @@ type gates struct {
 	side           Side
 	target, method string // canonical target, "" on the server
 	policy         *policy.Effective
+	recorder       atomic.Pointer[recorder] // nil: the Hystrix stream was not asked for
 	breaker        breaker.Breaker
 	rate           *limiter.Rate
 	external       ratelimit.Limiter
 	unary, stream  *limiter.Semaphore // the same one with scope rule
 	counts         counts
-	recorder       atomic.Pointer[recorder] // nil: the Hystrix stream was not asked for
-	seen           uint64                   // guarded by side.mu: counts.admitted at the last sweep
+	seen           uint64 // guarded by side.mu: counts.admitted at the last sweep
 }
 
 // counts are totals since the state was made. In-flight calls are admitted less

@@ -134,16 +134,16 @@ func newLastGood(cfg LastGoodConfig) *lastGood {
 
 // question is what a call asks, in a lastGood's words.
 type question struct {
-	to  *lastGood // nil: nothing that can be learned or answered
+	to  *lastGood
 	key entryKey
 }
 
-func (q *question) known() bool { return q.to != nil }
-
-// ask makes the question of a call whose fallback is f.
-func (c *call) ask(ctx context.Context, f *fallback, req any, cc *grpc.ClientConn, opts []grpc.CallOption) (q question) {
+// ask makes the question of a call, nil if its fallback is no lastGood or its
+// reply is neither to be learned nor to be answered.
+func (c *call) ask(ctx context.Context, req any, cc *grpc.ClientConn, opts []grpc.CallOption) (q *question) {
+	f := c.guard.opts.fallbacks.of(c.method)
 	if f == nil || f.lastGood == nil {
-		return q
+		return nil
 	}
 	l := f.lastGood
 	key := entryKey{target: c.gates.target, method: c.method}
@@ -159,7 +159,7 @@ func (c *call) ask(ctx context.Context, f *fallback, req any, cc *grpc.ClientCon
 			key.key, ok = wholeRequest(ctx, req, opts)
 		}
 		if ok {
-			q = question{to: l, key: key}
+			q = &question{to: l, key: key}
 		}
 	})
 	return q
@@ -247,10 +247,10 @@ func (l *lastGood) find(key entryKey, now time.Duration) *entry {
 	return e
 }
 
-// answer fills reply, or returns cause.
+// answer fills reply, or returns cause; it does the latter for a nil question.
 func (q *question) answer(reply any, now time.Duration, cause error) error {
 	m, ok := reply.(proto.Message)
-	if !ok || !q.known() {
+	if !ok || q == nil {
 		return cause
 	}
 	e := q.to.find(q.key, now)

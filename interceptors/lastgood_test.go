@@ -242,7 +242,7 @@ func TestLastGoodMaxAge(t *testing.T) {
 		m.want("half as old", ask{}, "answer")
 		time.Sleep(30 * time.Second)
 		m.want("as old as may be, though used since", ask{}, "answer")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		m.want("older", ask{}, "")
 		m.learn(ask{answer: "new"})
 		time.Sleep(time.Minute)

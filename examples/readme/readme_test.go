@@ -14,6 +14,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -135,6 +136,32 @@ func place(ctx context.Context, client shopv1.OrdersClient, order *shopv1.PlaceR
 	}
 	if errors.Is(err, interceptors.ErrBreakerOpen) {
 		// answer from a cache
+	}
+}
+
+func fallbacks() (*interceptors.Guard, error) {
+	guard, err := interceptors.Load("policy.yaml",
+		// A reply made here. Returning an error fails the call with it; returning cause gives up.
+		interceptors.WithFallback("/shop.v1.Orders/Search", func(ctx context.Context, method string, req, reply any, cause error) error {
+			if !errors.Is(cause, interceptors.ErrBreakerOpen) {
+				return cause
+			}
+			reply.(*shopv1.SearchResponse).Orders = nil // nothing found
+			return nil
+		}),
+		// The last good reply to the same request, if it is not older than this.
+		interceptors.LastGood("/shop.v1.Orders/Get", interceptors.LastGoodConfig{MaxAge: 5 * time.Minute}),
+	)
+	return guard, err
+}
+
+func TestFallbacksAreCovered(t *testing.T) {
+	guard, err := fallbacks()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := guard.Close(); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -281,10 +281,15 @@ func (c *circuit) closeLocked(now time.Duration) bool {
 // report on this circuit too.
 func (c *circuit) queuedLocked() bool { return c.feed.applied.Load() < c.sent }
 
-// grantedLocked asks hystrix-go for a probe, if there is none in hand.
+// grantedLocked asks hystrix-go for a probe, if there is none in hand. One that is
+// older than a sleep window is asked for again: if it fails, hystrix-go counts the
+// sleep window from the grant.
 func (c *circuit) grantedLocked(now time.Duration) bool {
-	if !c.granted && c.hystrix.AllowRequest() {
-		c.granted, c.retryAt = true, now+c.sleep
+	if c.granted && now <= c.retryAt {
+		return true
+	}
+	if c.granted = c.hystrix.AllowRequest(); c.granted {
+		c.retryAt = now + c.sleep
 	}
 	return c.granted
 }

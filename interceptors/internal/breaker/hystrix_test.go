@@ -311,6 +311,21 @@ func TestHystrixKeepsTheProbeOfACallThatAnotherGateRefuses(t *testing.T) {
 	c.is(closed)
 }
 
+func TestHystrixSleepsAfterAProbeThatWasGrantedLongAgo(t *testing.T) {
+	const sleep = 200 * time.Millisecond
+	c := newCircuit(t, sleep)
+	c.trip()
+	c.until("ready", func() bool { _, ok := c.Ready(c.now()); return ok })
+	granted := c.now()
+	c.until("old", func() bool { return c.now() > granted+sleep+10*time.Millisecond })
+	before := c.now()
+	c.Done(c.probe(), c.now(), failure, false)
+	if _, d, ok := c.Acquire(c.now()); (ok || d == time.Millisecond) && c.now() < before+sleep {
+		t.Errorf("admitted %v, retry after %v", ok, d)
+	}
+	c.saw(opens, probes, reopens)
+}
+
 func TestCase11_HystrixProbeCancelledByItsCaller(t *testing.T) {
 	c := newCircuit(t, 30*time.Millisecond)
 	c.trip()
