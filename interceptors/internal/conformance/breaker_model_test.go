@@ -223,7 +223,7 @@ func TestBreakerAgainstModel(t *testing.T) {
 			"sleep": sleep,
 			"look": func(t *rapid.T) { // not after each step: it moves the window on
 				requests, failures, _ := model.window(now)
-				want := breaker.Stats{State: model.state, Requests: requests, Failures: failures, RetryAfter: model.retryAfter(now)}
+				want := breaker.Stats{Engine: "window", State: model.state, Requests: requests, Failures: failures, RetryAfter: model.retryAfter(now)}
 				if got := real.Stats(now); got != want {
 					t.Fatalf("at %v: %+v, model %+v", now, got, want)
 				}
