@@ -296,7 +296,9 @@ func (r *rig) fresh() {
 	r.t.Helper()
 	_ = r.do(r.t.Context(), "") // there is one
 	r.doze()
-	r.trip()
+	if r.state() == "closed" {
+		r.trip()
+	}
 	r.heal()
 	r.counts = r.snapshot().Counts
 	eventually(r.t, "one success in the window", func() bool {
