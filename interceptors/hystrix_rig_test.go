@@ -150,9 +150,9 @@ var (
 	tallies      sync.Map // by circuit
 	collectWords = sync.OnceFunc(func() {
 		metriccollector.Registry.Register(func(name string) metriccollector.MetricCollector {
-			found, _ := tallies.LoadOrStore(name, new(tally))
-			found.(*tally).Reset()
-			return found.(*tally)
+			c := new(tally) // one that hystrix.Flush leaves behind may be told a little more
+			tallies.Store(name, c)
+			return c
 		})
 	})
 )
