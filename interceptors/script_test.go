@@ -2,9 +2,12 @@ package interceptors_test
 
 import (
 	"context"
+	"fmt"
 	"io"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,8 +22,8 @@ import (
 )
 
 // script is a service that does what each message asks for, word by word: wait
-// for a time ("2s"), hang until the call's context ends ("hang"), or fail with a
-// status code ("UNAVAILABLE"). What it got through is echoed.
+// for a time ("2s") or for a hold, hang until the call's context ends ("hang"), or
+// fail with a status code ("UNAVAILABLE"). What it got through is echoed.
 func script() *rpctest.Service {
 	return &rpctest.Service{
 		Unary: func(ctx context.Context, req *rpctest.Message) (*rpctest.Message, error) {
@@ -56,6 +59,12 @@ func obey(ctx context.Context, text string) error {
 		if word == "hang" {
 			<-ctx.Done()
 			return status.FromContextError(ctx.Err()).Err()
+		} else if held, ok := heldWords.Load(word); ok {
+			select {
+			case <-held.(chan struct{}):
+			case <-ctx.Done():
+				return status.FromContextError(ctx.Err()).Err()
+			}
 		} else if d, err := time.ParseDuration(word); err == nil {
 			time.Sleep(d)
 		} else if code.UnmarshalJSON([]byte(strconv.Quote(word))) == nil {
@@ -63,6 +72,21 @@ func obey(ctx context.Context, text string) error {
 		}
 	}
 	return nil
+}
+
+var (
+	heldWords sync.Map // of chan struct{}, by the word
+	holding   atomic.Uint64
+)
+
+// holdWord returns a word at which a script waits until release is called.
+func holdWord(t *testing.T) (word string, release func()) {
+	word = fmt.Sprintf("hold-%d", holding.Add(1))
+	held := make(chan struct{})
+	heldWords.Store(word, held)
+	release = sync.OnceFunc(func() { close(held) })
+	t.Cleanup(release)
+	return word, release
 }
 
 // streamOpen opens a stream and sends a text.
