@@ -103,13 +103,25 @@ func (s *side) lookup(cc *grpc.ClientConn, method string) *gates {
 	return s.create(cc, dialled, method, eff)
 }
 
+// create makes the gates of a method, unless another call just has. It logs when it
+// holds no lock: a logger may ask for a Snapshot.
 func (s *side) create(cc *grpc.ClientConn, dialled, method string, eff *policy.Effective) *gates {
+	m, err := s.add(cc, dialled, method, eff)
+	if err != nil {
+		s.guard.log(slog.LevelWarn, "no hystrix circuit: the window engine takes its place",
+			slog.String("circuit", s.guard.hystrixName(m)), slog.String("rule", eff.Breaker.Rule), slog.String("cause", err.Error()))
+	}
+	return m
+}
+
+// add's error says why the breaker is not of the engine that the policy asks for.
+func (s *side) add(cc *grpc.ClientConn, dialled, method string, eff *policy.Effective) (m *gates, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.sweepLocked(s.guard.now())
 	t := s.targetLocked(cc, dialled)
 	if m := (*t.methods.Load())[method]; m != nil {
-		return m
+		return m, nil
 	}
 	full := s.states >= maxStates || len(method) > maxName || !utf8.ValidString(method)
 	if t.name == overflow || full && !s.rules.Names(method) {
@@ -117,15 +129,15 @@ func (s *side) create(cc *grpc.ClientConn, dialled, method string, eff *policy.E
 		if m == nil {
 			bare := *eff
 			bare.Breaker = nil
-			m = s.newGates(t, overflow, &bare)
+			m, err = s.newGates(t, overflow, &bare)
 			t.overflow[eff] = m
 		}
-		return m
+		return m, err
 	}
-	m := s.newGates(t, method, eff)
+	m, err = s.newGates(t, method, eff)
 	t.methods.Store(with(*t.methods.Load(), method, m))
 	s.states++
-	return m
+	return m, err
 }
 
 // targetLocked finds the target that the channel was dialled with. Channels
@@ -167,30 +179,31 @@ func with[V any](m map[string]V, k string, v V) *map[string]V {
 	return &grown
 }
 
-func (s *side) newGates(t *target, method string, eff *policy.Effective) *gates {
+func (s *side) newGates(t *target, method string, eff *policy.Effective) (*gates, error) {
 	m := &gates{side: s.side, target: t.name, method: method, policy: eff}
-	m.addBreaker(s)
+	err := m.addBreaker(s)
 	m.addRateLimit(s, t)
 	m.addConcurrencyLimit(t)
 	if s.recording {
 		m.startRecording()
 	}
-	return m
+	return m, err
 }
 
-func (m *gates) addBreaker(s *side) {
+func (m *gates) addBreaker(s *side) (err error) {
 	b := m.policy.Breaker
 	if b == nil {
-		return
+		return nil
 	}
 	onTransition := func(tr breaker.Transition) {
 		m.counts.transitions.add(tr)
 		s.guard.logTransition(m, tr)
 	}
 	if b.Hystrix {
-		if h := s.guard.newHystrix(m, onTransition); h != nil {
+		var h *breaker.Hystrix
+		if h, err = s.guard.newHystrix(m, onTransition); err == nil {
 			m.breaker = h
-			return
+			return nil
 		}
 	}
 	config := breaker.Config{
@@ -201,27 +214,25 @@ func (m *gates) addBreaker(s *side) {
 		config.SlowPercent = b.SlowPercent
 	}
 	m.breaker = breaker.New(config, onTransition)
+	return err
 }
 
-// newHystrix returns a circuit of hystrix-go, nil if there can be no more: then
-// the window engine protects the method.
-func (g *Guard) newHystrix(m *gates, onTransition func(breaker.Transition)) *breaker.Hystrix {
+// newHystrix returns an error if there can be no more circuits: then the window
+// engine protects the method.
+func (g *Guard) newHystrix(m *gates, onTransition func(breaker.Transition)) (*breaker.Hystrix, error) {
 	b, limit := m.policy.Breaker, 0
 	if m.policy.Concurrency != nil {
 		limit = m.policy.Concurrency.MaxInFlight
 	}
-	name := g.hystrix.Name(m.side.String(), m.target, m.method)
-	h, err := breaker.NewHystrix(breaker.HystrixConfig{
-		Name: name, Epoch: g.epoch,
+	return breaker.NewHystrix(breaker.HystrixConfig{
+		Name: g.hystrixName(m), Epoch: g.epoch,
 		ErrorPercent: b.ErrorPercent, RequestVolume: b.RequestVolume, SleepWindow: b.SleepWindow,
 		Timeout: m.policy.Timeout, MaxConcurrent: limit,
 	}, onTransition)
-	if err != nil {
-		g.log(slog.LevelWarn, "no hystrix circuit: the window engine takes its place",
-			slog.String("circuit", name), slog.String("rule", b.Rule), slog.String("cause", err.Error()))
-		return nil
-	}
-	return h
+}
+
+func (g *Guard) hystrixName(m *gates) string {
+	return g.hystrix.Name(m.side.String(), m.target, m.method)
 }
 
 func (m *gates) addRateLimit(s *side, t *target) {

@@ -91,8 +91,7 @@ func NewHystrix(cfg HystrixConfig, onTransition func(Transition)) (*Hystrix, err
 	})
 	if c == nil {
 		c = &circuit{name: cfg.Name, epoch: cfg.Epoch}
-		c.period.Store(&period{state: Closed})
-		if c.connectLocked(); c.feed == nil {
+		if c.connectLocked(Closed); c.feed == nil {
 			return nil, errForeignCircuit
 		}
 		circuits.byName[cfg.Name] = c
@@ -121,14 +120,20 @@ type circuit struct {
 	probes  uint64        // so far
 	retryAt time.Duration // while open: when hystrix-go grants the next probe, as far as is known
 	granted bool          // hystrix-go has granted a probe and no call has taken it
-	closing *Ticket       // the probe whose success waits for the queue to be empty
+	closing *call         // the probe whose success waits for the queue to be empty
 }
 
+// call is one that has ended.
+type call struct{ start, end time.Duration }
+
 // connectLocked finds the circuit in hystrix-go's registry, or makes it: at first,
-// and after hystrix.Flush.
-func (c *circuit) connectLocked() {
+// and after hystrix.Flush, which ends the period: calls from before are not to
+// count in the new circuit. (Done does not look, for 40 ns: before the next call
+// comes, results go to the old one.)
+func (c *circuit) connectLocked(state State) {
 	if current, _, _ := hystrix.GetCircuit(c.name); current != c.hystrix { // it never fails
-		c.hystrix, c.feed, c.sent, c.closing = current, feedOf(c.name), 0, nil
+		c.hystrix, c.feed, c.sent, c.closing, c.granted = current, feedOf(c.name), 0, nil, false
+		c.period.Store(&period{state: state})
 	}
 }
 
@@ -160,20 +165,25 @@ func (h *Hystrix) Done(t Ticket, now time.Duration, r Result, _ bool) {
 // Stats implements Breaker. Requests and Failures are hystrix-go's own: what its
 // queue still holds is not in them.
 func (h *Hystrix) Stats(now time.Duration) Stats {
-	changed, s, _ := h.stats(now)
+	changed, s := h.stats(now)
 	h.notify(changed)
 	return s
 }
 
-// Idle implements Breaker.
-func (h *Hystrix) Idle(now time.Duration) bool {
-	changed, s, queued := h.stats(now)
-	h.notify(changed)
-	return s.State == Closed && s.Requests == 0 && !queued
+// Idle implements Breaker. It does not ask hystrix-go, and so calls nobody back: a
+// circuit that is open there is found open when it is used again.
+func (h *Hystrix) Idle(time.Duration) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	requests, _ := h.feed.sums()
+	return h.period.Load().state == Closed && h.closing == nil && requests == 0 && !h.queuedLocked()
 }
 
-func (h *Hystrix) notify(t Transition) {
-	if h.onTransition != nil && t.From != t.To {
+func (h *Hystrix) notify(changed []Transition) {
+	if h.onTransition == nil {
+		return
+	}
+	for _, t := range changed {
 		h.onTransition(t)
 	}
 }
@@ -181,10 +191,10 @@ func (h *Hystrix) notify(t Transition) {
 // These four hold mu to their end, also when a logger that was given to hystrix-go
 // panics.
 
-func (c *circuit) ready(now time.Duration) (changed Transition, retryAfter time.Duration, ok bool) {
+func (c *circuit) ready(now time.Duration) (changed []Transition, retryAfter time.Duration, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.connectLocked()
+	c.connectLocked(c.period.Load().state)
 	changed = c.followLocked(now)
 	if c.period.Load().state == Closed || c.grantedLocked(now) {
 		return changed, 0, true
@@ -192,10 +202,10 @@ func (c *circuit) ready(now time.Duration) (changed Transition, retryAfter time.
 	return changed, c.refuseLocked(now), false
 }
 
-func (c *circuit) acquire(now time.Duration) (changed Transition, t Ticket, retryAfter time.Duration, ok bool) {
+func (c *circuit) acquire(now time.Duration) (changed []Transition, t Ticket, retryAfter time.Duration, ok bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.connectLocked()
+	c.connectLocked(c.period.Load().state)
 	changed = c.followLocked(now)
 	switch p := c.period.Load(); {
 	case c.closing != nil: // no ticket: its result is not to be queued
@@ -205,14 +215,14 @@ func (c *circuit) acquire(now time.Duration) (changed Transition, t Ticket, retr
 	case !c.grantedLocked(now):
 		return changed, Ticket{}, c.refuseLocked(now), false
 	case p.state == Open:
-		changed = c.switchLocked(HalfOpen, SleepWindow)
+		changed = append(changed, c.switchLocked(HalfOpen, SleepWindow))
 	}
 	c.granted = false
 	c.probes++
 	return changed, Ticket{period: c.period.Load(), probe: c.probes, start: now}, 0, true
 }
 
-func (c *circuit) done(t Ticket, now time.Duration, r Result) (changed Transition) {
+func (c *circuit) done(t Ticket, now time.Duration, r Result) (changed []Transition) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	changed = c.followLocked(now)
@@ -220,21 +230,22 @@ func (c *circuit) done(t Ticket, now time.Duration, r Result) (changed Transitio
 	case c.period.Load() != t.period:
 		return changed
 	case t.Probe() && r == Success:
-		changed = c.switchLocked(Closed, ProbeSuccess)
-		c.closing = &t
-		c.closeLocked(now)
+		changed = append(changed, c.switchLocked(Closed, ProbeSuccess))
+		if c.closing = (&call{t.start, now}); !c.closeLocked() {
+			c.closeLater(time.Millisecond)
+		}
 		return changed
 	case t.Probe() && r.failed():
-		changed = c.switchLocked(Open, ProbeFailure)
+		changed = append(changed, c.switchLocked(Open, ProbeFailure))
 	}
 	c.reportLocked(events[r], t.start, now)
 	return changed
 }
 
-func (c *circuit) stats(now time.Duration) (changed Transition, s Stats, queued bool) {
+func (c *circuit) stats(now time.Duration) (changed []Transition, s Stats) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.connectLocked()
+	c.connectLocked(c.period.Load().state)
 	changed = c.followLocked(now)
 	s.Engine, s.State = "hystrix", c.period.Load().state
 	if s.State == Closed {
@@ -242,37 +253,50 @@ func (c *circuit) stats(now time.Duration) (changed Transition, s Stats, queued 
 	} else if !c.granted {
 		s.RetryAfter = c.retryInLocked(now)
 	}
-	return changed, s, c.queuedLocked()
+	return changed, s
 }
 
 // followLocked makes the period that of hystrix-go's circuit. It opens when it is
 // asked whether it is open, by anybody: hystrix-go's own dashboard asks every
 // second.
-func (c *circuit) followLocked(now time.Duration) Transition {
-	if c.closing != nil && !c.closeLocked(now) {
-		return Transition{}
+func (c *circuit) followLocked(now time.Duration) []Transition {
+	if c.closing != nil && !c.closeLocked() {
+		return nil
 	}
 	switch open, state := c.hystrix.IsOpen(), c.period.Load().state; {
 	case open && state == Closed:
 		c.retryAt = now + c.sleep
-		return c.switchLocked(Open, ErrorPercent)
-	case !open && state != Closed: // somebody else reported a success
-		return c.switchLocked(Closed, ProbeSuccess)
+		return []Transition{c.switchLocked(Open, ErrorPercent)}
+	case !open && state != Closed: // somebody else reported a success, or flushed
+		return []Transition{c.switchLocked(Closed, ProbeSuccess)}
 	}
-	return Transition{}
+	return nil
 }
 
 // closeLocked reports the success that closes the circuit, if the queue is empty:
 // what hystrix-go applies after it has closed would count in its new window. It
 // says whether it has. The period is closed already; until hystrix-go is too, for
 // some microseconds, calls pass and are not counted, and nothing is queued.
-func (c *circuit) closeLocked(now time.Duration) bool {
+func (c *circuit) closeLocked() bool {
 	if c.queuedLocked() {
 		return false
 	}
-	c.reportLocked(events[Success], c.closing.start, now)
+	c.reportLocked(events[Success], c.closing.start, c.closing.end)
 	c.closing = nil
 	return true
+}
+
+// closeLater closes the circuit if no call comes to do so: others would find it
+// open for as long.
+func (c *circuit) closeLater(after time.Duration) {
+	time.AfterFunc(after, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		defer func() { _ = recover() }() // of hystrix-go's logger: it meets the next call again
+		if c.closing != nil && !c.closeLocked() {
+			c.closeLater(min(2*after, time.Second))
+		}
+	})
 }
 
 // queuedLocked reports whether hystrix-go has updates that it has not applied. (A

@@ -5,6 +5,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -204,6 +205,23 @@ func (g *gate) Update(r metriccollector.MetricResult) {
 }
 func (g *gate) Reset() {}
 
+// hold waits until the gate has seen n updates and lets no other pass, which holds
+// hystrix-go's queue up, until it is released or the test ends.
+func (g *gate) hold(c *circuit, n int) (release func()) {
+	c.Helper()
+	c.until("seen by the gate", func() bool { return g.count() >= n })
+	g.mu.Lock()
+	release = sync.OnceFunc(g.mu.Unlock)
+	c.Cleanup(release)
+	return release
+}
+
+func (g *gate) count() int {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return len(g.seen)
+}
+
 // holding has a gate for each circuit that is made while it is set.
 var holding struct {
 	sync.Mutex
@@ -240,7 +258,7 @@ func gated(t *testing.T, f func() *circuit) (*circuit, *gate) {
 func TestHystrixClosesWhenItsQueueIsEmpty(t *testing.T) {
 	c, g := gated(t, func() *circuit { return newCircuit(t, 30*time.Millisecond) })
 	c.trip()
-	g.mu.Lock() // the queue stands still
+	release := g.hold(c, 20)
 	refused := 0
 	var probe breaker.Ticket
 	c.until("half-open", func() (ok bool) {
@@ -261,13 +279,45 @@ func TestHystrixClosesWhenItsQueueIsEmpty(t *testing.T) {
 	if c.Idle(c.now()) {
 		t.Error("idle while closing")
 	}
-	c.until("held up", func() bool { return len(g.seen) >= 20 }) // the failures that opened it
-	g.mu.Unlock()
+	release()
 	c.until("closed by the probe alone", func() bool { s := c.Stats(c.now()); return s.Requests == 1 && s.Failures == 0 })
 	c.is(closed)
 	c.end(c.begin(100), success)
 	c.is(closed)
 	c.saw(opens, probes, closes)
+}
+
+// Nobody calls after the probe: others find the circuit closed all the same, also
+// if hystrix-go's logger panics meanwhile.
+func TestHystrixClosesWithoutAnotherCall(t *testing.T) {
+	for _, at := range []string{"nothing", "closing"} {
+		c, g := gated(t, func() *circuit { return newCircuit(t, 30*time.Millisecond) })
+		c.trip()
+		release := g.hold(c, 20)
+		if _, _, ok := c.Acquire(c.now()); ok {
+			t.Fatal("admitted")
+		}
+		probe := c.probe()
+		logger.at.Store(&at)
+		c.Done(probe, c.now(), success, false)
+		if !c.foreign().IsOpen() {
+			t.Error("closed before its queue was empty")
+		}
+		time.AfterFunc(10*time.Millisecond, release) // the first look is too early
+		if at == "closing" {
+			c.until("applied", c.Applied)
+			c.until("tried", func() bool { return logger.panics.Load() > 0 })
+			logger.at.Store(nil)
+			c.begin(1)
+		}
+		c.until("closed", func() bool { return !c.foreign().IsOpen() })
+		logger.at.Store(nil)
+		c.until("applied", c.Applied)
+		if s := c.Stats(c.now()); s.State != closed || s.Requests != 1 {
+			t.Errorf("%+v, want the probe alone", s)
+		}
+		c.saw(opens, probes, closes)
+	}
 }
 
 // What hystrix-go does alone.
@@ -283,10 +333,10 @@ func TestHystrixPlainReopensFromItsQueue(t *testing.T) {
 	}
 	report("failure", 20)
 	c.until("open", plain.IsOpen)
-	g.mu.Lock()
+	release := g.hold(c, 20)
 	report("short-circuit", 1) // is being applied
 	report("short-circuit", 500)
-	g.mu.Unlock()
+	release()
 	report("success", 1)
 	c.until("reopened", plain.IsOpen)
 }
@@ -371,7 +421,7 @@ func TestHystrixTellsItsCollectors(t *testing.T) {
 	if _, ok := c.Ready(c.now()); ok {
 		t.Error("ready")
 	}
-	c.until("applied", func() bool { g.mu.Lock(); defer g.mu.Unlock(); return len(g.seen) == 21+20+1 })
+	c.until("applied", func() bool { return g.count() == 21+20+1 })
 	var sum metriccollector.MetricResult
 	for i, r := range g.seen {
 		sum.Attempts += r.Attempts
@@ -415,6 +465,16 @@ func TestHystrixOthersChangeTheCircuit(t *testing.T) {
 		c.Done(c.probe(), c.now(), success, false)
 		c.is(closed)
 	})
+	t.Run("open", func(t *testing.T) {
+		c := newCircuit(t, time.Millisecond)
+		c.end(c.begin(20), failure)
+		c.until("open for others", c.foreign().IsOpen)
+		before := c.now()
+		c.until("a sleep window later", func() bool { return c.now() > before+3*time.Millisecond })
+		c.Done(c.probe(), c.now(), success, false) // opens and probes at once
+		c.is(closed)
+		c.saw(opens, probes, closes)
+	})
 	t.Run("flush", func(t *testing.T) {
 		c := newCircuit(t, time.Hour)
 		stale := c.begin(100)
@@ -430,21 +490,44 @@ func TestHystrixOthersChangeTheCircuit(t *testing.T) {
 			t.Errorf("%+v", s)
 		}
 	})
+	t.Run("flush under way", func(t *testing.T) {
+		c := newCircuit(t, time.Hour)
+		stale := c.begin(100)
+		hystrix.Flush()
+		c.end(stale[:50], failure)
+		c.is(closed)
+		c.end(stale[50:], failure)
+		c.is(closed)
+		if s := c.Stats(c.now()); s.Requests != 0 {
+			t.Errorf("%+v, want an empty window", s)
+		}
+	})
 }
 
-// panicky is a logger of hystrix-go's that panics at a message.
-type panicky string
+// panicky is a logger of hystrix-go's that panics at a message. It is never
+// replaced: hystrix-go reads its logger without a lock.
+type panicky struct {
+	at     atomic.Pointer[string]
+	panics atomic.Int64
+}
 
-func (p panicky) Printf(format string, _ ...any) {
-	if strings.Contains(format, string(p)) {
+func (p *panicky) Printf(format string, _ ...any) {
+	if at := p.at.Load(); at != nil && strings.Contains(format, *at) {
+		p.panics.Add(1)
 		panic(format)
 	}
 }
 
+var logger = func() *panicky {
+	p := new(panicky)
+	hystrix.SetLogger(p)
+	return p
+}()
+
 func TestCase17_HystrixLoggerPanics(t *testing.T) {
-	defer hystrix.SetLogger(hystrix.DefaultLogger)
+	defer logger.at.Store(nil)
 	for _, at := range []string{"opening", "allowing", "closing"} {
-		hystrix.SetLogger(panicky(at))
+		logger.at.Store(&at)
 		c, panics := newCircuit(t, 30*time.Millisecond), 0
 		contain := func(f func()) {
 			defer func() {
@@ -463,7 +546,7 @@ func TestCase17_HystrixLoggerPanics(t *testing.T) {
 				}
 			})
 			if panics == 1 {
-				hystrix.SetLogger(hystrix.DefaultLogger)
+				logger.at.Store(nil)
 				contain(func() { closedAgain = c.Stats(c.now()).State == closed })
 			}
 			return closedAgain
