@@ -50,17 +50,19 @@ func TestHystrixProcess(t *testing.T) {
 	t.Run("too many", tooManyCircuits) // the last: there is no circuit left
 }
 
-// warned is a slog.Handler that keeps warnings.
+// warned is a slog.Handler that keeps warnings, and looks at the guard meanwhile.
 type warned struct {
 	slog.Handler
-	mu   sync.Mutex
-	said []string
+	guard *interceptors.Guard
+	mu    sync.Mutex
+	said  []string
 }
 
 func (*warned) Enabled(context.Context, slog.Level) bool { return true }
 
 func (w *warned) Handle(_ context.Context, r slog.Record) error {
 	if r.Level == slog.LevelWarn {
+		w.guard.Snapshot()
 		said := r.Message
 		r.Attrs(func(a slog.Attr) bool { said += " " + a.String(); return true })
 		w.mu.Lock()
@@ -91,6 +93,7 @@ func foreignCircuit(t *testing.T) {
 	}
 	w := new(warned)
 	g := mustGuard(t, "server: {rules: [{methods: ['*'], breaker: {engine: hystrix, request_volume_threshold: 2}}]}", interceptors.WithLogger(slog.New(w)))
+	w.guard = g
 	if got := g.HystrixName(interceptors.Server, "", method); got != name {
 		t.Fatalf("the first guard's name is %s, want %s", got, name)
 	}
@@ -335,6 +338,7 @@ func hystrixStress(t *testing.T) {
 func tooManyCircuits(t *testing.T) {
 	w := new(warned)
 	g := mustGuard(t, "server: {rules: [{methods: ['*'], breaker: {engine: hystrix, request_volume_threshold: 2}, concurrency_limit: {max_in_flight: 1}}]}", interceptors.WithLogger(slog.New(w)))
+	w.guard = g
 	method := func(i int) string { return fmt.Sprintf("/too.Many/%d", i) }
 	const methods = 300
 	for i := range methods {
