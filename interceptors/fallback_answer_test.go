@@ -3,7 +3,6 @@ package interceptors_test
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
@@ -46,7 +45,7 @@ func TestFallbackIsGivenWhatTheCallerGave(t *testing.T) {
 		asked := false
 		g := mustGuard(t, clientRules("timeout: 1s"), interceptors.WithFallback("*", func(ctx context.Context, _ string, req, reply any, _ error) error {
 			asked = true
-			if ctx != caller || req != any(request) || reply != any(answer) {
+			if ctx.Value(callersKey{}) != "the caller" || ctx.Done() != caller.Done() || req != any(request) || reply != any(answer) {
 				t.Errorf("got %v, %v, %v", ctx, req, reply)
 			}
 			if _, ok := ctx.Deadline(); ok || ctx.Err() != nil {
@@ -92,28 +91,107 @@ func TestFallbackHoldsNoPlace(t *testing.T) {
 	})
 }
 
-// A fallback may call through the guard that asks it, the same method even.
+// A fallback may call through the guard that asks it. What fails then may have
+// another fallback.
 func TestFallbackCallsThroughTheGuard(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var conn *grpc.ClientConn
-		depth := 0
 		g := mustGuard(t, clientRules("concurrency_limit: {max_in_flight: 1}"),
-			interceptors.WithFallback("/test.v1.Test/*", func(ctx context.Context, method string, _, reply any, cause error) error {
-				if depth++; depth > 3 {
-					return cause
-				}
-				if method == rpctest.Unary {
-					return conn.Invoke(ctx, rpctest.Other, &rpctest.Message{Value: "UNAVAILABLE"}, reply)
-				}
-				return conn.Invoke(ctx, rpctest.Other, &rpctest.Message{Value: fmt.Sprint("second hand ", depth)}, reply)
+			interceptors.WithFallback(rpctest.Unary, func(ctx context.Context, _ string, _, reply any, _ error) error {
+				return conn.Invoke(ctx, rpctest.Other, &rpctest.Message{Value: "UNAVAILABLE"}, reply)
+			}),
+			interceptors.WithFallback(rpctest.Other, func(ctx context.Context, method string, _, reply any, _ error) error {
+				return conn.Invoke(ctx, method, &rpctest.Message{Value: "second hand"}, reply)
 			}))
 		conn = rpctest.Start(t, script(), nil, g.DialOptions())
-		if got, err := rpctest.Call(t.Context(), conn, rpctest.Unary, "UNAVAILABLE"); got != "second hand 2" || err != nil {
+		if got, err := rpctest.Call(t.Context(), conn, rpctest.Unary, "UNAVAILABLE"); got != "second hand" || err != nil {
 			t.Errorf("%q, %v", got, err)
 		}
 		wantEnded(t, g, interceptors.Client, rpctest.Unary, oneFailure)
 		wantEnded(t, g, interceptors.Client, rpctest.Other, ended{success: 1, failure: 1})
 	})
+}
+
+// A fallback that makes the call that it is asked for, or one that leads there,
+// comes to an end: no fallback is asked within itself.
+func TestFallbackIsNotAskedWithinItself(t *testing.T) {
+	more := map[string]func(context.Context) (context.Context, context.CancelFunc){
+		"its context": context.WithCancel,
+		"with time of its own": func(ctx context.Context) (context.Context, context.CancelFunc) {
+			return context.WithTimeout(context.WithoutCancel(ctx), time.Hour)
+		},
+	}
+	for name, derive := range more {
+		var depth, deepest int
+		var within []error
+		var g *interceptors.Guard
+		calls := func(next string) interceptors.Fallback {
+			return func(ctx context.Context, _ string, req, reply any, _ error) error {
+				if depth++; depth > 5 {
+					t.Fatalf("%s: no end", name)
+				}
+				deepest = max(deepest, depth)
+				defer func() { depth-- }()
+				ctx, cancel := derive(ctx)
+				defer cancel()
+				err := g.UnaryClientInterceptor()(ctx, next, req, reply, nil,
+					func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return errDown })
+				within = append(within, err)
+				return err
+			}
+		}
+		g = mustGuard(t, clientRules(strict), interceptors.WithFallback("/a.B/Self", calls("/a.B/Self")),
+			interceptors.WithFallback("/a.B/Ping", calls("/a.B/Pong")), interceptors.WithFallback("/a.B/Pong", calls("/a.B/Ping")),
+			interceptors.WithFallback("/c.D/*", calls("/c.D/Other")))
+		_, _ = callOn(g, nil, "/a.B/Self", errDown), callOn(g, nil, "/a.B/Ping", errDown)
+		for method, levels := range map[string]int{"/a.B/Self": 1, "/a.B/Ping": 2, "/a.B/Pong": 2} {
+			for range 2 { // the breaker is open; the next call is as good as the first
+				deepest, within = 0, nil
+				err := callOn(g, nil, method, errDown)
+				if deepest != levels || len(within) != levels || !errors.Is(err, interceptors.ErrBreakerOpen) || within[0] != err {
+					t.Errorf("%s, %s: %d levels, calls within ended with %v, the call with %v", name, method, deepest, within, err)
+				}
+			}
+		}
+		deepest = 0
+		if err := callOn(g, nil, "/c.D/First", errDown); err != errDown || deepest != 1 {
+			t.Errorf("%s, another method of its pattern: %d levels, %v", name, deepest, err)
+		}
+	}
+}
+
+// A context says nothing about other guards: theirs are other fallbacks, even if
+// they were made by one option.
+func TestFallbackIsOfOneGuard(t *testing.T) {
+	var guards [2]*interceptors.Guard
+	asked := 0
+	opt := interceptors.WithFallback("*", func(ctx context.Context, method string, req, reply any, _ error) error {
+		asked++
+		return guards[1].UnaryClientInterceptor()(ctx, method, req, reply, nil,
+			func(context.Context, string, any, any, *grpc.ClientConn, ...grpc.CallOption) error { return errDown })
+	})
+	for i := range guards {
+		guards[i] = mustGuard(t, clientRules("breaker: {}"), opt)
+	}
+	if err := callOn(guards[0], nil, rpctest.Unary, errDown); err != errDown || asked != 2 {
+		t.Errorf("asked %d times, %v", asked, err)
+	}
+}
+
+// A fallback that ends without returning is one that failed.
+func TestCase17_FallbackThatBlowsUpHasFailed(t *testing.T) {
+	for name, blowUp := range blowUps {
+		g := mustGuard(t, clientRules("breaker: {}"), interceptors.WithFallback("*", func(context.Context, string, any, any, error) error {
+			blowUp()
+			return nil
+		}))
+		_ = look(t, g) // recording begins
+		_ = survive(func() { _ = callOn(g, nil, rpctest.Unary, errDown) })
+		e := only(t, look(t, g), "HystrixCommand", "client test.v1.Test/Unary")
+		if e["rollingCountFallbackFailure"] != 1.0 || e["rollingCountFallbackSuccess"] != 0.0 || e["rollingCountFallbackMissing"] != 0.0 {
+			t.Errorf("%s: failed %v, answered %v, missing %v", name, e["rollingCountFallbackFailure"], e["rollingCountFallbackSuccess"], e["rollingCountFallbackMissing"])
+		}
+	}
 }
 
 func TestCase17_FallbackBlowsUp(t *testing.T) {

@@ -94,6 +94,30 @@ func TestFallbackIsAskedByOutcome(t *testing.T) {
 	}
 }
 
+// An interceptor further in may return the context's error as it is. Within
+// min_deadline that is neutral.
+func TestFallbackAndTheBareErrorOfAContext(t *testing.T) {
+	for err, want := range map[error]int{
+		context.DeadlineExceeded:                             1,
+		fmt.Errorf("stock: %w", context.DeadlineExceeded):    1,
+		errors.Join(errors.New("no"), context.Canceled, nil): 0,
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := new(standIn)
+			g := mustGuard(t, clientRules("breaker: {min_deadline: 1s}"), s.forAll())
+			ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+			defer cancel()
+			_ = clientUnary.byHand(ctx, g, func(context.Context) error { return err })
+			if asked := s.asked(); len(asked) != want {
+				t.Errorf("%v: asked for %v", err, asked)
+			}
+			if want == 1 {
+				wantEnded(t, g, interceptors.Client, rpctest.Unary, oneNeutral)
+			}
+		})
+	}
+}
+
 // A classifier that calls an error neutral has not made an answer of it.
 func TestFallbackAndTheClassifier(t *testing.T) {
 	for _, tt := range []struct {
