@@ -8,7 +8,6 @@ import (
 	"testing"
 	"time"
 
-
 	"github.com/grpc-resilience/grpc-resilience/interceptors"
 	resiliencev1 "github.com/grpc-resilience/grpc-resilience/proto/resilience/v1"
 )
@@ -65,7 +64,7 @@ func TestFallbackBeyondTheCap(t *testing.T) {
 
 func TestFallbackMistakes(t *testing.T) {
 	f := func(context.Context, string, any, any, error) error { return nil }
-	good := interceptors.LastGoodConfig{MaxAge: time.Second}
+	good := interceptors.LastGoodConfig{MaxAge: time.Second, Key: interceptors.WholeRequest}
 	rules := []*resiliencev1.MethodPolicy{
 		{Methods: []string{"/a.B/C", "/s.S/*", "/grpc.a.B/C"}, Breaker: &resiliencev1.Breaker{}},
 		{Methods: []string{"/s.S/Off"}, Breaker: &resiliencev1.Breaker{Disabled: true}},
@@ -85,6 +84,7 @@ func TestFallbackMistakes(t *testing.T) {
 		interceptors.WithFallback("/a.B/*", f), interceptors.WithFallback("*", f), interceptors.WithFallback("/s.S/*", f), interceptors.WithFallback("/grpc.a.B/*", f),
 	)
 	const add = `so nothing would be rejected or judged: add a rule, such as client.rules: [{methods: [%q], breaker: {}}]`
+	const noKey = `LastGood: Key of %q is required: interceptors.WholeRequest if nothing but the request and the outgoing metadata decides the reply, else a function that has the caller in its key`
 	want := []string{
 		`WithFallback: found "nonsense", allowed "*", "/pkg.Service/*" or "/pkg.Service/Method"`,
 		`WithFallback: found "", allowed "*", "/pkg.Service/*" or "/pkg.Service/Method"`,
@@ -94,7 +94,9 @@ func TestFallbackMistakes(t *testing.T) {
 		`LastGood: MaxAge of "/s.S/M": found -3ns, allowed more than 0s`,
 		`LastGood: MaxEntries of "/s.S/M": found -1, allowed 0 (1000) or more`,
 		`LastGood: MaxBytes of "/s.S/M": found -2, allowed 0 (16777216) or more`,
+		fmt.Sprintf(noKey, "/s.S/M"),
 		`LastGood: MaxAge of "/s.S/N": found 0s, allowed more than 0s`,
+		fmt.Sprintf(noKey, "/s.S/N"),
 		`LastGood: found "/s.S", allowed "*", "/pkg.Service/*" or "/pkg.Service/Method"`,
 		`WithFallback: no client rule is for "/grpc.health.v1.Health/*", ` + fmt.Sprintf(add, "/grpc.health.v1.Health/*"),
 		`WithFallback: no client rule is for "/s.S/Off", ` + fmt.Sprintf(add, "/s.S/Off"),

@@ -84,7 +84,7 @@ func TestLastGoodAgainstModel(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			r := rand.New(rand.NewPCG(seed, 17))
 			m := newMemory(t, interceptors.LastGoodConfig{MaxAge: maxAge, MaxEntries: maxEntries, MaxBytes: maxBytes,
-				Key: func(_ context.Context, _ string, req any) (string, bool) {
+				Key: func(_ context.Context, _ string, req any, _ []grpc.CallOption) (string, bool) {
 					return req.(*rpctest.Message).GetValue(), true
 				}})
 			var model []modelEntry
