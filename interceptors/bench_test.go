@@ -268,9 +268,9 @@ func BenchmarkLastGood(b *testing.B) {
 		intercept, invoke := g.UnaryClientInterceptor(), invoker(result)
 		return func() error { return intercept(ctx, rpctest.Unary, req, reply, nil, invoke) }
 	}
-	config := interceptors.LastGoodConfig{MaxAge: time.Hour}
+	config := interceptors.LastGoodConfig{MaxAge: time.Hour, Key: interceptors.WholeRequest}
 	ownKey := config
-	ownKey.Key = func(context.Context, string, any) (string, bool) { return "key", true }
+	ownKey.Key = func(context.Context, string, any, []grpc.CallOption) (string, bool) { return "key", true }
 	b.Run("none", func(b *testing.B) { serialAndParallel(b, call(mustGuard(b, hotPolicy), nil)) })
 	b.Run("learn", func(b *testing.B) {
 		serialAndParallel(b, call(mustGuard(b, hotPolicy, interceptors.LastGood("*", config)), nil))
@@ -302,7 +302,7 @@ func BenchmarkLastGoodOverTheWire(b *testing.B) {
 	text := strings.Repeat("r", 1000)
 	for name, opts := range map[string][]interceptors.Option{
 		"none":  nil,
-		"learn": {interceptors.LastGood("*", interceptors.LastGoodConfig{MaxAge: time.Hour})},
+		"learn": {interceptors.LastGood("*", interceptors.LastGoodConfig{MaxAge: time.Hour, Key: interceptors.WholeRequest})},
 	} {
 		b.Run(name, func(b *testing.B) {
 			g := mustGuard(b, hotPolicy, opts...)

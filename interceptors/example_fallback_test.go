@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -73,14 +74,15 @@ client:
 	//  rpc error: code = Unavailable desc = ask again tomorrow
 }
 
-// The same question gets the answer that it got before.
+// The same question gets the answer that it got before. Echo tells everybody the
+// same, so the request and its metadata are all that the answer depends on.
 func ExampleLastGood() {
 	guard, conn := exampleShop(`
 client:
   rules:
     - methods: ["/shop.v1.Orders/*"]
       rate_limit: {requests_per_second: 0.001, burst: 1}
-`, interceptors.LastGood("/shop.v1.Orders/Echo", interceptors.LastGoodConfig{MaxAge: 5 * time.Minute}))
+`, interceptors.LastGood("/shop.v1.Orders/Echo", interceptors.LastGoodConfig{MaxAge: 5 * time.Minute, Key: interceptors.WholeRequest}))
 	defer guard.Close()
 	defer conn.Close()
 
@@ -99,7 +101,7 @@ client:
 // interceptor further in tells the server, but not the time of the question.
 func ExampleLastGoodConfig() {
 	type user struct{}
-	key := func(ctx context.Context, _ string, req any) (string, bool) {
+	key := func(ctx context.Context, _ string, req any, _ []grpc.CallOption) (string, bool) {
 		name, ok := ctx.Value(user{}).(string)
 		question, _ := req.(*wrapperspb.StringValue)
 		return fmt.Sprintf("%q %q", name, question.GetValue()), ok // not of anonymous calls

@@ -21,9 +21,15 @@ import (
 // instead of cause; return cause itself to give up.
 //
 // cause is exactly the error that the caller would have got. method is the full
-// name of the method. ctx is the caller's: it may be past its deadline, and then
-// what the fallback does with it fails at once. What calls it makes through the
-// same guard are guarded like others and may have fallbacks of their own.
+// name of the method. ctx is the caller's, marked: it may be past its deadline, and
+// then what the fallback does with it fails at once.
+//
+// Calls that it makes through the same guard are guarded like others. If one fails
+// that was made with ctx, or with a context made from it, it may be answered by
+// another fallback, but not by this one again: it gets its cause. The mark is all
+// that the guard knows them by. A Fallback that makes calls with another context,
+// which it is to answer itself, calls itself until the process dies of it: for more
+// time than the caller has left use context.WithoutCancel(ctx), which keeps the mark.
 //
 // A Fallback must be safe for concurrent use.
 type Fallback func(ctx context.Context, method string, req, reply any, cause error) error
@@ -45,8 +51,10 @@ type Fallback func(ctx context.Context, method string, req, reply any, cause err
 // It runs on the caller's goroutine after the outcome was recorded and the
 // permits were given back: it holds no place however long it takes, and what it
 // answers changes neither the breaker nor any count. Nothing ends it but itself.
-// If it panics, the panic is logged, once, and the caller gets cause. Call options
-// such as grpc.Header keep what the failed call gave them.
+// If it panics, the panic is logged, once, and the caller gets cause. If it calls
+// runtime.Goexit, the caller's goroutine ends, like anywhere else. On Hystrix's
+// dashboard both are fallbacks that failed. Call options such as grpc.Header keep
+// what the failed call gave them.
 //
 // New returns an error for a pattern that is malformed, was given before (by
 // LastGood, too) or matches nothing that a client rule is for, and for a nil f.
@@ -122,6 +130,10 @@ func (fs *fallbacks) of(method string) *fallback {
 	return fs.byPattern[""]
 }
 
+// askedKey is the key of a context that a fallback was given. Each fallback has one
+// of its own: those that call each other's methods must come to an end, too.
+type askedKey struct{ of *fallback }
+
 // orFallback returns what the fallback makes of a call that ended with cause;
 // cause, if there is none or it is not to be asked.
 func (c *call) orFallback(ctx context.Context, q *question, req, reply any, cc *grpc.ClientConn, out Outcome, cause error) error {
@@ -129,15 +141,20 @@ func (c *call) orFallback(ctx context.Context, q *question, req, reply any, cc *
 	if f == nil || !fallsBack(ctx, cc, req, out, cause) {
 		return cause
 	}
+	key := askedKey{f}
+	if f.answer != nil && ctx.Value(key) != nil {
+		return cause
+	}
 	err := cause // also if it panics
+	// Deferred: it may call runtime.Goexit.
+	defer func() { c.gates.recordFallback(err == nil, c.guard) }()
 	c.guard.contain(f.name, func() {
 		if f.lastGood != nil {
 			err = q.answer(reply, c.guard.now(), cause)
 		} else {
-			err = f.answer(ctx, c.method, req, reply, cause)
+			err = f.answer(context.WithValue(ctx, key, true), c.method, req, reply, cause)
 		}
 	})
-	c.gates.recordFallback(err == nil, c.guard)
 	return err
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"container/list"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -26,7 +27,7 @@ const (
 )
 
 // LastGoodConfig says what LastGood keeps, and for how long. The zero value is
-// not valid: MaxAge is required.
+// not valid: MaxAge and Key are required.
 type LastGoodConfig struct {
 	// MaxAge is how old, since its call ended, a reply may be to be an answer.
 	// Required, more than 0.
@@ -41,17 +42,17 @@ type LastGoodConfig struct {
 	// bookkeeping of an entry, some 300 bytes, is not in it. 0: 16 MiB.
 	MaxBytes int
 
-	// Key says which calls of a target and method have the same answer; ok is
-	// false for a call that is neither to be learned nor to be answered. It is
-	// called before each call, on the caller's goroutine, and must be safe for
+	// Key says which calls have the same answer, of those that are made on one
+	// channel, to one method: ok is false for a call that is neither to be learned
+	// nor to be answered. Required, because only the program knows what decides a
+	// reply: WholeRequest if that is nothing but the request and the outgoing
+	// metadata, else a function that has the caller in its key.
+	//
+	// ctx, req and opts are those that the guard was given. opts must not be changed.
+	// It is called before each call, on the caller's goroutine, and must be safe for
 	// concurrent use. If it panics, the panic is logged, once, and the call is not
 	// learned or answered.
-	//
-	// nil: calls have the same answer if they are made on the same channel, with
-	// the same request and the same outgoing metadata in ctx. Requests that are no
-	// proto.Message, and calls with an option grpc.PerRPCCredentials or
-	// grpc.CallAuthority, are neither learned nor answered.
-	Key func(ctx context.Context, method string, req any) (key string, ok bool)
+	Key func(ctx context.Context, method string, req any, opts []grpc.CallOption) (key string, ok bool)
 }
 
 // LastGood is a fallback that answers with the last good reply to the same
@@ -62,17 +63,21 @@ type LastGoodConfig struct {
 // an answer where another message type is asked for. The caller's reply is a
 // copy of its own.
 //
-// The same request is one that no other caller could have another reply to, and
-// what LastGood cannot see it cannot heed. That is metadata added further in, by
-// interceptors behind the guard or by per-RPC credentials of the channel that look
-// into the context: where these say who is asking, put the interceptor in front of
-// the guard, or give a Key that has the caller in it. Metadata that is new on each
-// call, such as a request id, makes every request another one: there, too, give a
-// Key.
+// The same request is one with the same cfg.Key, of the same method, on the same
+// channel: an answer never crosses channels (those who chain by hand and give no
+// channel share one that has no name). Callers of one channel are another matter:
+// whoever makes a key that another caller made is given that one's reply. A key that
+// leaves out what the server tells callers apart by gives one user what another was
+// told.
+//
+// A reply is as old as the call that it was learned from. Where a guard further in
+// has a LastGood of its own, what that answers is a success to this one, which
+// learns it as if it were new: what is handed out may be as old as both MaxAges
+// together.
 //
 // What it has learned belongs to one guard and goes with it; no goroutine is
 // started. New returns an error for what WithFallback names, for a cfg.MaxAge that
-// is not more than 0, and for limits below 0.
+// is not more than 0, for a nil cfg.Key, and for limits below 0.
 func LastGood(pattern string, cfg LastGoodConfig) Option {
 	return optionFunc(func(o *options) error {
 		var errs []error
@@ -85,6 +90,9 @@ func LastGood(pattern string, cfg LastGoodConfig) Option {
 		if cfg.MaxBytes < 0 {
 			errs = append(errs, fmt.Errorf("LastGood: MaxBytes of %q: found %d, allowed 0 (%d) or more", pattern, cfg.MaxBytes, defaultMaxBytes))
 		}
+		if cfg.Key == nil {
+			errs = append(errs, fmt.Errorf("LastGood: Key of %q is required: interceptors.WholeRequest if nothing but the request and the outgoing metadata decides the reply, else a function that has the caller in its key", pattern))
+		}
 		errs = append(errs, o.addFallback("LastGood", pattern, &fallback{lastGood: newLastGood(cfg)}))
 		return errors.Join(errs...)
 	})
@@ -95,7 +103,7 @@ func LastGood(pattern string, cfg LastGoodConfig) Option {
 type lastGood struct {
 	maxAge               time.Duration
 	maxEntries, maxBytes int
-	key                  func(ctx context.Context, method string, req any) (string, bool) // nil: the default
+	key                  func(ctx context.Context, method string, req any, opts []grpc.CallOption) (string, bool)
 
 	mu      sync.Mutex // guards what follows
 	entries map[entryKey]*list.Element
@@ -105,8 +113,8 @@ type lastGood struct {
 
 // entryKey is what calls have in common that have the same answer.
 type entryKey struct {
-	channel             weak.Pointer[grpc.ClientConn] // with the default key, for its credentials
-	target, method, key string
+	channel     weak.Pointer[grpc.ClientConn] // for its target and credentials
+	method, key string
 }
 
 // entry is a reply. It is not changed once it is made.
@@ -119,7 +127,7 @@ type entry struct {
 
 func (e *entry) size() int { return e.key.size() + len(e.reply) }
 
-func (k *entryKey) size() int { return len(k.target) + len(k.method) + len(k.key) }
+func (k *entryKey) size() int { return len(k.method) + len(k.key) }
 
 func newLastGood(cfg LastGoodConfig) *lastGood {
 	return &lastGood{
@@ -146,31 +154,39 @@ func (c *call) ask(ctx context.Context, req any, cc *grpc.ClientConn, opts []grp
 		return nil
 	}
 	l := f.lastGood
-	key := entryKey{target: c.gates.target, method: c.method}
-	if key.target == overflow && cc != nil {
-		key.target = cc.CanonicalTarget()
-	}
 	c.guard.contain(f.keyName, func() {
-		ok := false
-		if l.key != nil {
-			key.key, ok = l.key(ctx, c.method, req)
-		} else {
-			key.channel = weak.Make(cc)
-			key.key, ok = wholeRequest(ctx, req, opts)
-		}
-		if ok {
-			q = &question{to: l, key: key}
+		if key, ok := l.key(ctx, c.method, req, opts); ok {
+			q = &question{to: l, key: entryKey{weak.Make(cc), c.method, key}}
 		}
 	})
 	return q
 }
 
-// wholeRequest is the default key: the metadata, sorted, each string with its
-// length, and the request.
-func wholeRequest(ctx context.Context, req any, opts []grpc.CallOption) (key string, ok bool) {
+// WholeRequest is the Key of LastGood for methods whose reply is decided by the
+// request and the outgoing metadata in ctx, as the guard sees both, and by nothing
+// else. The key is their SHA-256, 32 bytes whatever their size; the copy of the
+// request that it is made from is not kept while the call runs.
+//
+// It cannot see what is added behind the guard: metadata from interceptors further
+// in, such as those given to DialOptions as extra, from stats handlers, and from the
+// channel's own credentials (grpc.WithPerRPCCredentials, grpc.WithCredentialsBundle).
+// Where these choose by ctx in whose name a call is made, WholeRequest takes all
+// callers of the channel for one, and gives each of them the replies of the others:
+// put that interceptor in front of the guard, or write a Key that has the caller in
+// it. What is the same for all calls of a channel does no harm.
+//
+// ok is false for a request that is no proto.Message or cannot be marshalled, and
+// for a call with any option but these: grpc.EmptyCallOption, StaticMethod, Header,
+// Trailer, Peer, OnFinish, WaitForReady, FailFast, MaxCallRecvMsgSize,
+// MaxCallSendMsgSize, MaxRetryRPCBufferSize and UseCompressor. Others may be
+// credentials (grpc.PerRPCCredentials), another server (grpc.CallAuthority), or
+// what an interceptor further in goes by.
+//
+// Metadata that is new on each call, such as a request id, makes each request
+// another one: nothing is ever answered. There, too, write a Key.
+func WholeRequest(ctx context.Context, method string, req any, opts []grpc.CallOption) (key string, ok bool) {
 	for _, opt := range opts {
-		switch opt.(type) {
-		case grpc.PerRPCCredsCallOption, *grpc.PerRPCCredsCallOption, grpc.AuthorityOverrideCallOption, *grpc.AuthorityOverrideCallOption:
+		if !harmless(opt) {
 			return "", false
 		}
 	}
@@ -178,6 +194,7 @@ func wholeRequest(ctx context.Context, req any, opts []grpc.CallOption) (key str
 	if !ok {
 		return "", false
 	}
+	// The metadata, sorted, each string with its length, and the request.
 	md, _ := metadata.FromOutgoingContext(ctx)
 	b := binary.AppendUvarint(nil, uint64(len(md)))
 	for _, name := range slices.Sorted(maps.Keys(md)) {
@@ -188,7 +205,24 @@ func wholeRequest(ctx context.Context, req any, opts []grpc.CallOption) (key str
 		}
 	}
 	b, err := proto.MarshalOptions{Deterministic: true}.MarshalAppend(b, m)
-	return string(b), err == nil
+	if err != nil {
+		return "", false
+	}
+	sum := sha256.Sum256(b)
+	return string(sum[:]), true
+}
+
+// harmless reports whether an option is one of gRPC's own that say nothing about
+// who asks for what. A type that wraps one of them may do anything beside.
+func harmless(opt grpc.CallOption) bool {
+	switch opt.(type) {
+	case grpc.EmptyCallOption, grpc.StaticMethodCallOption, // generated code gives the latter
+		grpc.HeaderCallOption, grpc.TrailerCallOption, grpc.PeerCallOption, grpc.OnFinishCallOption,
+		grpc.FailFastCallOption, grpc.CompressorCallOption,
+		grpc.MaxRecvMsgSizeCallOption, grpc.MaxSendMsgSizeCallOption, grpc.MaxRetryRPCBufferSizeCallOption:
+		return true
+	}
+	return false
 }
 
 func appendString(b []byte, s string) []byte {
