@@ -390,8 +390,7 @@ func (r *rig) probe(ctx context.Context, text string) *pending {
 	r.wake()
 	before := r.snapshot().Counts.Admitted
 	p := new(pending)
-	var again func()
-	again = func() {
+	again := func() {
 		p.end.Store(nil)
 		go func() { p.end.Store(&callEnd{err: r.do(ctx, text)}) }()
 	}
