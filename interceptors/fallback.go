@@ -137,7 +137,7 @@ func (c *call) orFallback(ctx context.Context, q *question, req, reply any, cc *
 			err = f.answer(ctx, c.method, req, reply, cause)
 		}
 	})
-	c.gates.recordFallback(err == nil, c.guard)
+	c.recordFallback(err == nil)
 	return err
 }
 

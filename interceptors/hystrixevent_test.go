@@ -304,30 +304,6 @@ func TestHystrixCounts(t *testing.T) {
 	})
 }
 
-// What a fallback makes of a call is shown beside what the call was.
-func TestHystrixFallbacks(t *testing.T) {
-	giveUp := errors.New("no answer")
-	answer := func(_ context.Context, _ string, req, _ any, _ error) error {
-		if req.(*rpctest.Message).GetValue() == "UNAVAILABLE" {
-			return nil
-		}
-		return giveUp
-	}
-	g := mustGuard(t, "client: {rules: [{methods: ['*'], breaker: {}}]}", interceptors.WithFallback("*", answer))
-	conn := rpctest.Start(t, script(), nil, g.DialOptions())
-	look(t, g)
-	for text, want := range map[string]error{"UNAVAILABLE": nil, "INTERNAL": giveUp, "NOT_FOUND": status.Error(codes.NotFound, "as asked for"), "": nil} {
-		if _, err := rpctest.Call(t.Context(), conn, rpctest.Unary, text); fmt.Sprint(err) != fmt.Sprint(want) {
-			t.Errorf("%q: %v, want %v", text, err, want)
-		}
-	}
-	e := only(t, look(t, g), "HystrixCommand", "passthrough:///test test.v1.Test/Unary")
-	keys := []string{"rollingCountSuccess", "rollingCountFailure", "rollingCountFallbackSuccess", "rollingCountFallbackFailure", "rollingCountFallbackMissing", "rollingCountExceptionsThrown"}
-	if got, want := e.numbers(keys...), []int{2, 2, 1, 1, 0, 1}; !slices.Equal(got, want) {
-		t.Errorf("got  %v\nwant %v\nfor  %v", got, want, keys)
-	}
-}
-
 // No two methods of a guard share a name, whatever they are called.
 func TestHystrixNames(t *testing.T) {
 	g := mustGuard(t, "{client: {rules: [{methods: ['*'], breaker: {}, concurrency_limit: {max_in_flight: 1}}]}, server: {rules: [{methods: ['*'], breaker: {}}]}}")

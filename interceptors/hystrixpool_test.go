@@ -10,6 +10,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"github.com/grpc-resilience/grpc-resilience/interceptors"
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/rpctest"
 )
@@ -47,8 +49,9 @@ func TestHystrixPool(t *testing.T) {
 				t.Errorf("got  %v\nwant %v\nfor  %v", got, want, keys)
 			}
 			c := only(t, all, "HystrixCommand", name)
-			if got := c.numbers("currentConcurrentExecutionCount", "rollingCountSemaphoreRejected"); !slices.Equal(got, []int{inFlight, rejected}) {
-				t.Errorf("%v in flight and rejected, want %d and %d", got, inFlight, rejected)
+			// Those that hang are the most that there were, before the first of them ends.
+			if got := c.numbers("currentConcurrentExecutionCount", "rollingCountSemaphoreRejected", "rollingMaxConcurrentExecutionCount"); !slices.Equal(got, []int{inFlight, rejected, want[5]}) {
+				t.Errorf("%v in flight, rejected and most in flight, want %d, %d and %d", got, inFlight, rejected, want[5])
 			}
 		}
 		check(3, 2, 3, 2, 5, 0, 0, 3, 2)
@@ -104,13 +107,70 @@ func TestHystrixSharedPool(t *testing.T) {
 	})
 }
 
+// Calls of methods beyond the cap are in the pool that they share, and nowhere else.
+func TestHystrixSharedPoolBeyondTheCap(t *testing.T) {
+	g := mustGuard(t, `server: {rules: [{methods: ['*'], concurrency_limit: {max_in_flight: 1, scope: rule}}, {methods: ["/b.B/*"], breaker: {}},
+		{methods: ["/c.C/*"], concurrency_limit: {max_in_flight: 2, scope: rule}}, {methods: ["/d.D/*"], concurrency_limit: {max_in_flight: 3}}]}`)
+	g.HystrixStream()
+	for i := range maxStates {
+		_ = serveOn(g, fmt.Sprintf("/a.A/M%d", i), nil)
+	}
+	for i := range 10 {
+		for _, service := range "bcd" { // the rule's limit with another rule's breaker, and limits of which all methods are beyond
+			_ = serveOn(g, fmt.Sprintf("/%[1]c.S/M%[2]d", service, i), nil)
+			_ = serveOn(g, fmt.Sprintf("/%[1]c.%[3]c/M%[2]d", service, i, service-'a'+'A'), nil)
+		}
+	}
+	// One is in flight when another of them comes.
+	_, err := g.UnaryServerInterceptor()(context.Background(), nil, &grpc.UnaryServerInfo{FullMethod: "/b.B/M"}, func(context.Context, any) (any, error) {
+		return nil, serveOn(g, "/a.A/Other", nil)
+	})
+	if !errors.Is(err, interceptors.ErrConcurrencyLimited) {
+		t.Fatal(err)
+	}
+	all := look(t, g)
+	if got, want := names(all), []string{"HystrixThreadPool server.rules[0]"}; !slices.Equal(got, want) {
+		t.Fatalf("got %.200q, want %q", got, want)
+	}
+	const calls = maxStates + 4*10 + 1
+	if got := all[0].numbers("rollingCountThreadsExecuted", "currentCompletedTaskCount", "currentTaskCount", "rollingCountCommandRejections"); !slices.Equal(got, []int{calls, calls, calls, 1}) {
+		t.Errorf("got %v, want %d calls and a rejection", got, calls)
+	}
+}
+
+// A call that has waited too long is one that the pool had no place for.
+func TestHystrixQueueTimeout(t *testing.T) {
+	eachArm(t, func(t *testing.T, a arm) {
+		g := mustGuard(t, fmt.Sprintf(`%s: {rules: [{methods: ['*'], breaker: {},
+			concurrency_limit: {max_in_flight: 1, max_streams: 1, max_queue: 1, max_queue_wait: 2s}}]}`, a.side))
+		look(t, g)
+		end := make(chan struct{})
+		go func() {
+			_ = a.byHand(t.Context(), g, func(context.Context) error {
+				<-end
+				return nil
+			})
+		}()
+		synctest.Wait()
+		if err := a.byHand(t.Context(), g, func(context.Context) error { return nil }); !errors.Is(err, interceptors.ErrQueueTimeout) {
+			t.Fatal(err)
+		}
+		all := look(t, g)
+		if got := all[0].number("rollingCountSemaphoreRejected") + 10*all[1].number("rollingCountCommandRejections"); got != 11 || len(all) != 2 {
+			t.Errorf("rejected %d in %q, want 1 by the command and by the pool", got, names(all))
+		}
+		close(end)
+		synctest.Wait()
+	})
+}
+
 // A limit without a breaker is a pool; a rate limit alone is not shown.
 func TestHystrixWithoutBreaker(t *testing.T) {
 	g := mustGuard(t, `server: {rules: [{methods: ["/a.A/M"], concurrency_limit: {max_in_flight: 5}},
 		{methods: ["/a.A/S"], concurrency_limit: {max_streams: 6}}, {methods: ["/b.B/*"], rate_limit: {requests_per_second: 1}}]}`)
+	_ = serve(g, "/a.A/S") // a stream, by its limit alone: it was over when recording began
 	look(t, g)
 	_ = serveOn(g, "/a.A/M", nil)
-	_ = serve(g, "/a.A/S")
 	_ = serveOn(g, "/b.B/M", nil)
 	_ = serveOn(g, "/c.C/M", nil)
 	all := look(t, g)
