@@ -28,6 +28,8 @@ type call struct {
 	ticket  breaker.Ticket     // zero: no breaker, or its verdict is in already
 	arrived time.Duration      // before any wait
 	start   time.Duration
+
+	recorded event // as what the call was recorded; zero: it was not, or as a success
 }
 
 // admit takes the call through its gates. It returns a *RejectedError when a
@@ -216,7 +218,7 @@ func (c *call) askExternal(ctx context.Context) error {
 
 func (c *call) reject(reason Reason, rule string, retryAfter time.Duration) error {
 	c.gates.counts.rejected[reason.index()].Add(1)
-	c.gates.recordRejection(reason, c.guard)
+	c.recorded = c.gates.recordRejection(reason, c.guard)
 	return &RejectedError{Side: c.gates.side, Method: c.method, Rule: rule, Reason: reason, RetryAfter: retryAfter}
 }
 

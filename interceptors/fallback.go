@@ -147,7 +147,7 @@ func (c *call) orFallback(ctx context.Context, q *question, req, reply any, cc *
 	}
 	err := cause // also if it panics
 	// Deferred: it may call runtime.Goexit.
-	defer func() { c.gates.recordFallback(err == nil, c.guard) }()
+	defer func() { c.recordFallback(err == nil) }()
 	c.guard.contain(f.name, func() {
 		if f.lastGood != nil {
 			err = q.answer(reply, c.guard.now(), cause)

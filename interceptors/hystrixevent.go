@@ -126,16 +126,24 @@ const hystrixWindow = int64(countBuckets * countSpan / time.Millisecond)
 // writeHystrix writes one event for each circuit breaker and each concurrency limit
 // in use, sorted by name, or a comment if there is none.
 func (g *Guard) writeHystrix(out *bufio.Writer) error {
-	e := hystrixWriter{out: out, now: g.now(), at: time.Now().UnixMilli(), shared: map[*limiter.Semaphore]*hystrixPool{}}
+	e := hystrixWriter{guard: g, out: out, at: time.Now().UnixMilli(), shared: map[*limiter.Semaphore]*hystrixPool{}}
 	e.json = json.NewEncoder(out)
 	states := g.states()
 	slices.SortFunc(states, func(a, b *gates) int {
 		return cmp.Or(cmp.Compare(a.side, b.side), cmp.Compare(a.target, b.target), cmp.Compare(a.method, b.method))
 	})
+	var beyond []*gates // the cap
 	for _, m := range states {
-		if r := m.recorder.Load(); r != nil {
+		switch r := m.recorder.Load(); {
+		case r == nil:
+		case m.method == overflow:
+			beyond = append(beyond, m)
+		default:
 			e.method(m, r)
 		}
+	}
+	for _, m := range beyond {
+		e.overflow(m)
 	}
 	for _, p := range e.pools {
 		e.event(p)
@@ -148,9 +156,9 @@ func (g *Guard) writeHystrix(out *bufio.Writer) error {
 
 // hystrixWriter writes the events of one tick.
 type hystrixWriter struct {
+	guard   *Guard
 	out     io.Writer
 	json    *json.Encoder
-	now     time.Duration
 	at      int64
 	recent  recent                              // of the method at hand
 	pools   []*hystrixPool                      // limits of scope rule, which come last
@@ -175,19 +183,31 @@ func (e *hystrixWriter) event(v any) {
 }
 
 func (e *hystrixWriter) method(m *gates, r *recorder) {
-	r.read(&e.recent, e.now)
+	// Not the time of the tick: a client may have been slow to read the methods before
+	// this one, and an engine believes the time that it is told.
+	now := e.guard.now()
+	r.read(&e.recent, now)
 	stream := m.streams(e.recent.kind)
 	name, pool := m.hystrixName(), m.poolName(stream)
 	if m.breaker != nil {
-		e.event(e.command(m, stream, name, cmp.Or(pool, name)))
+		e.event(e.command(m, m.breaker.Stats(now), stream, name, cmp.Or(pool, name)))
 	}
 	if pool != "" {
 		e.pool(m, stream, pool)
 	}
 }
 
-func (e *hystrixWriter) command(m *gates, stream bool, name, pool string) *hystrixCommand {
-	b, st, n := m.policy.Breaker, m.breaker.Stats(e.now), &e.recent.events
+// overflow adds the calls of methods beyond the cap to the limit that they share with
+// methods that are shown.
+func (e *hystrixWriter) overflow(m *gates) {
+	if p := e.shared[m.unary]; p != nil {
+		m.recorder.Load().read(&e.recent, e.guard.now())
+		e.add(p, m)
+	}
+}
+
+func (e *hystrixWriter) command(m *gates, st breaker.Stats, stream bool, name, pool string) *hystrixCommand {
+	b, n := m.policy.Breaker, &e.recent.events
 	c := &hystrixCommand{
 		Type: "HystrixCommand", Name: name, Group: m.side.String(), ThreadPool: pool, CurrentTime: e.at, ReportingHosts: 1,
 		Open:              st.State != breaker.Closed,
@@ -219,10 +239,9 @@ func (e *hystrixWriter) command(m *gates, stream bool, name, pool string) *hystr
 		c.ErrorPercentage = 100 * c.ErrorCount / c.RequestCount
 	}
 	// A fallback may be counted a bucket later than what it is for.
-	if bad, answered := c.ErrorCount+c.ShortCircuited+c.SemaphoreRejected, c.FallbackSuccess+c.FallbackFailure; bad > answered {
-		c.FallbackMissing = bad - answered
-	}
-	c.ExceptionsThrown = c.BadRequests + c.FallbackFailure + c.FallbackMissing
+	bad := c.ErrorCount + c.ShortCircuited + c.SemaphoreRejected
+	c.FallbackMissing = less(bad+n[eventFallbackNotBad], c.FallbackSuccess+c.FallbackFailure)
+	c.ExceptionsThrown = less(bad+c.BadRequests, c.FallbackSuccess)
 	c.ThreadTimeout, c.MaxInFlight = c.TimeoutMillis, max(c.InFlight, e.recent.calls)
 	c.LatencyExecuteMean, c.LatencyExecute = latency(e.recent.execute)
 	c.LatencyTotalMean, c.LatencyTotal = latency(e.recent.total)
@@ -248,16 +267,24 @@ func (e *hystrixWriter) pool(m *gates, stream bool, name string) {
 			e.pools = append(e.pools, p)
 		}
 	}
+	e.add(p, m)
+	if m.policy.Concurrency.Shared == 0 {
+		e.event(p)
+	}
+}
+
+// add adds what the calls of a method, which was just read, did to its limit.
+func (e *hystrixWriter) add(p *hystrixPool, m *gates) {
 	ended := m.counts.ended()
 	p.Completed += ended
 	p.Tasks += ended
 	p.Executed += e.recent.executed()
 	p.MaxActive = max(p.MaxActive, e.recent.places)
 	p.Rejected += e.recent.events[eventNoPlace]
-	if m.policy.Concurrency.Shared == 0 {
-		e.event(p)
-	}
 }
+
+// less is a - b, 0 if b is more.
+func less(a, b uint64) uint64 { return a - min(a, b) }
 
 func latency(samples []uint32) (uint32, hystrixLatency) {
 	slices.Sort(samples)
@@ -290,7 +317,8 @@ func (m *gates) places(stream bool) int {
 // hystrixName tells the method apart from every other of the guard: the dashboard
 // looks at nothing else. A server's method is its plain name, a client's has the
 // target before it: of a name that is too long for its circle, the dashboard shows
-// the end.
+// the end. Names that differ in the leading slash alone are taken for one: gRPC sends
+// none without it.
 func (m *gates) hystrixName() string {
 	return m.hystrixPrefix() + safe(strings.TrimPrefix(m.method, "/"))
 }

@@ -35,10 +35,17 @@ const (
 // The handler is safe for concurrent use, and any number of clients may read; each
 // has one goroutine, net/http's own. A stream ends with its request, when the client
 // does not read for 10 s, and when the guard is closed; http.Server.WriteTimeout does
-// not cut it. http.Server.Shutdown waits for it: close the guard first. The response
-// writer must be able to flush, itself or by an Unwrap method ([http.ResponseController]);
-// otherwise the answer is 500, as on a nil guard. After Close it is 503. Nobody is asked
-// who they are: names of methods and targets are for those who may see them.
+// not cut it. http.Server.Shutdown waits for it: close the guard first.
+//
+// The response writer must be able to flush, itself or by an Unwrap method
+// ([http.ResponseController]); otherwise the answer is 500, as on a nil guard. After
+// Close it is 503. Behind a writer that flushes but cannot set a write deadline (a
+// wrapper with Flush and without Unwrap), http.Server.WriteTimeout ends the stream;
+// without one, a write to a client that does not read lasts until the connection ends:
+// neither the 10 s nor Close cuts it. Between writes Close still does.
+//
+// Nobody is asked who they are: names of methods and targets are for those who may see
+// them.
 func (g *Guard) HystrixStream() http.Handler {
 	if g == nil {
 		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {

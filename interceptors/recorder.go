@@ -25,16 +25,17 @@ const (
 type event uint8
 
 const (
-	eventSuccess         event = iota
-	eventFailure               // ended badly, but not late
-	eventTimeout               // ended late
-	eventCanceled              // the caller gave up
-	eventBadRequest            // says nothing about the peer, or was not worth a try
-	eventShortCircuited        // refused by the breaker
-	eventRejected              // refused by a rate limit or a drain
-	eventNoPlace               // refused by the concurrency limit
-	eventFallbackSuccess       // answered by a fallback
-	eventFallbackFailure       // the fallback failed too
+	eventSuccess         event = iota // also of a call that was not recorded, see call.recorded
+	eventFailure                      // ended badly, but not late
+	eventTimeout                      // ended late
+	eventCanceled                     // the caller gave up
+	eventBadRequest                   // says nothing about the peer, or was not worth a try
+	eventShortCircuited               // refused by the breaker
+	eventRejected                     // refused by a rate limit or a drain
+	eventNoPlace                      // refused by the concurrency limit
+	eventFallbackSuccess              // answered by a fallback
+	eventFallbackFailure              // the fallback failed too
+	eventFallbackNotBad               // of these two, those for what is a bad request
 	events
 )
 
@@ -73,7 +74,7 @@ type countBucket struct {
 }
 
 type sampleBucket struct {
-	taken   int // the latest sampleSize of these are kept
+	taken   uint32 // the latest sampleSize of these are kept
 	samples [sampleSize]sample
 }
 
@@ -98,12 +99,14 @@ func (r *recorder) advanceLocked(now time.Duration) {
 	}
 }
 
-// count notes an event that is not the end of an admitted call.
-func (r *recorder) count(e event, now time.Duration) {
+// count notes an event that is not the end of an admitted call, or several of one call.
+func (r *recorder) count(now time.Duration, es ...event) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.advanceLocked(now)
-	r.counts[r.second%countBuckets].events[e]++
+	for _, e := range es {
+		r.counts[r.second%countBuckets].events[e]++
+	}
 }
 
 // ended notes that an admitted call has ended: how long it ran, how long it took
@@ -202,10 +205,16 @@ func (s *side) startRecording() {
 	}
 }
 
-// startRecording gives the method a recorder if it is shown: the overflow is not,
-// because it is no method and has no breaker.
+// startRecording gives the method a recorder if it is shown. The overflow is not,
+// because it is no method and has no breaker, but its calls are in the limits that it
+// shares with methods.
 func (m *gates) startRecording() {
-	if m.method != overflow && (m.breaker != nil || m.policy.Concurrency != nil) {
+	l := m.policy.Concurrency
+	shown := m.breaker != nil || l != nil
+	if m.method == overflow {
+		shown = l != nil && l.Shared != 0
+	}
+	if shown {
 		m.recorder.CompareAndSwap(nil, new(recorder))
 	}
 }
@@ -227,38 +236,45 @@ func (c *call) recordEnd(r *recorder, result breaker.Result, now time.Duration) 
 	case breaker.Canceled:
 		e = eventCanceled
 	}
+	c.recorded = e
 	r.ended(e, now, now-c.start, now-c.arrived, int(c.gates.counts.inFlight()), places, kindOf(c.stream))
 }
 
-// recordRejection notes a rejection, if there is a recorder.
-func (m *gates) recordRejection(reason Reason, g *Guard) {
+// recordRejection notes a rejection, if there is a recorder, and returns as what.
+func (m *gates) recordRejection(reason Reason, g *Guard) (e event) {
 	r := m.recorder.Load()
 	if r == nil {
-		return
+		return e
 	}
-	now := g.now()
 	switch reason {
 	case ReasonBreakerOpen:
-		r.count(eventShortCircuited, now)
+		e = eventShortCircuited
 	case ReasonBudgetTooSmall: // the caller asked for what cannot be
-		r.count(eventBadRequest, now)
+		e = eventBadRequest
 	case ReasonConcurrencyLimited, ReasonQueueTimeout:
-		r.count(eventNoPlace, now)
+		e = eventNoPlace
 	default:
-		r.count(eventRejected, now)
+		e = eventRejected
 	}
+	r.count(g.now(), e)
+	return e
 }
 
-// recordFallback notes that a fallback answered or failed, if there is a recorder.
-// The failure or the rejection that made it run is recorded by itself.
-func (m *gates) recordFallback(succeeded bool, g *Guard) {
-	r := m.recorder.Load()
-	if r == nil {
+// recordFallback notes that a fallback answered or failed. What the call was is
+// recorded by itself; if it is not (its context ended before it was admitted, or
+// recording has just begun), its fallback is not either.
+func (c *call) recordFallback(succeeded bool) {
+	r := c.gates.recorder.Load()
+	if r == nil || c.recorded == eventSuccess || c.recorded == eventCanceled {
 		return
 	}
-	e := eventFallbackFailure
+	e, now := eventFallbackFailure, c.guard.now()
 	if succeeded {
 		e = eventFallbackSuccess
 	}
-	r.count(e, g.now())
+	if c.recorded == eventBadRequest {
+		r.count(now, e, eventFallbackNotBad)
+	} else {
+		r.count(now, e)
+	}
 }

@@ -81,7 +81,7 @@ func TestRecorderAgainstModel(t *testing.T) {
 					t.Fatalf("seed %d, step %d, at %v: got %+v, want %+v", seed, i, now, v, m.read(now))
 				}
 			case 1, 2:
-				r.count(e, now)
+				r.count(now, e)
 				m.note(seen{at: now, event: e})
 			default:
 				s := seen{at: now, event: e, ended: true, execute: time.Duration(rnd.IntN(1e9)), calls: rnd.IntN(99), places: rnd.IntN(99)}
@@ -140,7 +140,7 @@ func TestRecorderIsSmallAndDoesNotAllocate(t *testing.T) {
 	if n := testing.AllocsPerRun(1000, func() {
 		now += 10 * time.Millisecond
 		r.ended(eventSuccess, now, 1, 2, 3, 4, kindUnary)
-		r.count(eventRejected, now)
+		r.count(now, eventFallbackSuccess, eventFallbackNotBad)
 	}); n != 0 {
 		t.Errorf("%v allocations", n)
 	}

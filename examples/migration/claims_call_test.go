@@ -272,17 +272,44 @@ client:
       rate_limit: {requests_per_second: 1000, max_wait: 1s}
       concurrency_limit: {max_in_flight: 10, max_queue: 10}
 `)
-	want(t, "goroutines", started(t, g.UnaryClientInterceptor(), "github.com/grpc-resilience/grpc-resilience/interceptors"), 0)
+	const ourCode = "github.com/grpc-resilience/grpc-resilience/interceptors"
+	want(t, "goroutines", started(t, g.UnaryClientInterceptor(), ourCode), 0)
+
+	g = mustGuard(t, `client: {rules: [{methods: ["*"], timeout: 1s, breaker: {engine: hystrix}}]}`)
+	updates(t, g.HystrixName(interceptors.Client, "", placeMethod), func() {
+		want(t, "goroutines with engine hystrix", started(t, g.UnaryClientInterceptor(), ourCode), 0)
+	})
 }
 
 func goroutinesOfHystrix(t *testing.T) {
 	const byDoC = "created by github.com/afex/hystrix-go/hystrix.GoC"
 	eventually(t, "those of earlier calls end", func() bool { return len(goroutines(byDoC)) == 0 })
-	err := hystrix.DoC(t.Context(), command(t, hystrix.CommandConfig{}), func(context.Context) error {
-		eventually(t, "two run", func() bool { return len(goroutines(byDoC)) == 2 })
-		return nil
-	}, nil)
-	want(t, "the call", err, nil)
+	name := command(t, hystrix.CommandConfig{RequestVolumeThreshold: 1, ErrorPercentThreshold: 1})
+	updates(t, name, func() {
+		err := hystrix.DoC(t.Context(), name, func(context.Context) error {
+			eventually(t, "two run", func() bool { return len(goroutines(byDoC)) == 2 })
+			return errDown
+		}, nil)
+		want(t, "the call", err, errDown)
+		// hystrix-go's own collector is told though another hangs.
+		opened(t, name)
+	})
+}
+
+// updates makes a call of a hystrix circuit, and checks that its collector is told on a
+// goroutine of its own.
+func updates(t *testing.T, name string, call func()) {
+	t.Helper()
+	end := make(chan struct{})
+	held.Store(name, end)
+	defer held.Delete(name)
+	defer close(end)
+	running := func() int {
+		return len(goroutines("created by github.com/afex/hystrix-go/hystrix.(*metricExchange).Monitor", "migration.collector.Update"))
+	}
+	before := running()
+	call()
+	eventually(t, "the collector is told", func() bool { return running() == before+1 })
 }
 
 func goroutinesOfFailsafe(t *testing.T) {
@@ -341,6 +368,12 @@ func callbackOfOurs(t *testing.T) {
 	a.guard = mustGuard(t, `client: {rules: [{methods: ["*"], breaker: {request_volume_threshold: 1}}]}`, interceptors.WithLogger(slog.New(a)))
 	want(t, "the failure", through(t.Context(), a.guard.UnaryClientInterceptor(), placeMethod, fail), errDown)
 	want(t, "the state in the callback", <-a.states, "open")
+
+	a = &asker{Handler: slog.DiscardHandler, states: make(chan string, 1)}
+	a.guard = mustGuard(t, `client: {rules: [{methods: ["*"], breaker: {engine: hystrix, request_volume_threshold: 1}}]}`, interceptors.WithLogger(slog.New(a)))
+	want(t, "the failure with engine hystrix", through(t.Context(), a.guard.UnaryClientInterceptor(), placeMethod, fail), errDown)
+	eventually(t, "it opens", func() bool { return a.guard.Snapshot().Methods[0].Breaker.State == "open" })
+	want(t, "the state in its callback", <-a.states, "open")
 }
 
 func callbackOfFailsafe(t *testing.T) {

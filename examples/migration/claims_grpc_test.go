@@ -110,6 +110,14 @@ func streamsOfFailsafe(t *testing.T) {
 	_, err := orders.Place(t.Context(), new(shopv1.PlaceRequest))
 	want(t, "a unary call", err, circuitbreaker.ErrOpen)
 	want(t, "a stream", watch(t, orders), io.EOF)
+
+	orders = open(t, new(shop), []grpc.ServerOption{grpc.InTapHandle(failsafegrpc.NewServerInHandle[any](breaker))})
+	want(t, "a stream that NewServerInHandle refuses", status.Code(watch(t, orders)), codes.PermissionDenied)
+	breaker = circuitbreaker.NewWithDefaults[any]() // one failure opens it
+	orders = open(t, &shop{watch: closing}, []grpc.ServerOption{grpc.InTapHandle(failsafegrpc.NewServerInHandle[any](breaker))})
+	want(t, "a stream that it lets in", status.Code(watch(t, orders)), codes.Unavailable)
+	want(t, "failures that it sees", breaker.Metrics().Failures(), uint(0))
+	want(t, "the breaker", breaker.State(), circuitbreaker.ClosedState)
 }
 
 func streamsOfGobreaker(t *testing.T) {
@@ -271,6 +279,8 @@ func refusalOfFailsafe(t *testing.T) {
 
 	st, _ := refused(t, open(t, new(shop), nil, grpc.WithChainUnaryInterceptor(failsafegrpc.NewUnaryClientInterceptor[any](breaker))))
 	want(t, "the client's code", st.Code(), codes.Unknown)
+
+	bare(t, codes.PermissionDenied, []grpc.ServerOption{grpc.InTapHandle(failsafegrpc.NewServerInHandle[any](breaker))}, new(shop))
 }
 
 func refusalOfGobreaker(t *testing.T) {

@@ -67,7 +67,13 @@ var _ = func() bool {
 	return true
 }()
 
+// held is by the name of a circuit what its Update waits for, a chan struct{}.
+var held sync.Map
+
 func (c collector) Update(r metricCollector.MetricResult) {
+	if end, ok := held.Load(string(c)); ok {
+		<-end.(chan struct{})
+	}
 	results.Lock()
 	defer results.Unlock()
 	if results.of == nil {

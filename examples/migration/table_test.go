@@ -37,7 +37,7 @@ var table = []row{
 	{"Streams", map[string]cell{
 		ours:       {"breaker, limits and timeout, on both sides; the verdict is the final status", streamsOfOurs},
 		hystrixGo:  {"`DoC` sees a stream open, not end", streamsOfHystrix},
-		failsafeGo: {"pass: its interceptors are unary", streamsOfFailsafe},
+		failsafeGo: {"pass: its interceptors are unary; `NewServerInHandle` can refuse them, but sees no end", streamsOfFailsafe},
 		goBreaker:  {"`Execute` sees a stream open, not end; by hand with `TwoStepCircuitBreaker`", streamsOfGobreaker},
 		middleware: {"limited and recovered", streamsOfMiddleware},
 	}},
@@ -51,7 +51,7 @@ var table = []row{
 	{"A refused call gets", map[string]cell{
 		ours:       {"`UNAVAILABLE` or `RESOURCE_EXHAUSTED`, `RetryInfo`, retry pushback", refusalOfOurs},
 		hystrixGo:  {"a Go error; out of a handler `UNKNOWN`", refusalOfHystrix},
-		failsafeGo: {"`UNKNOWN`", refusalOfFailsafe},
+		failsafeGo: {"interceptors: `UNKNOWN`; `NewServerInHandle`: `PERMISSION_DENIED`", refusalOfFailsafe},
 		goBreaker:  {"a Go error; out of a handler `UNKNOWN`", refusalOfGobreaker},
 		middleware: {"`RESOURCE_EXHAUSTED` and the limiter's error as text", refusalOfMiddleware},
 	}},
@@ -84,7 +84,7 @@ var table = []row{
 		hystrixGo:  {"ends the process: it is on another goroutine", panicOfHystrix},
 		failsafeGo: {"permits are lost", panicOfFailsafe},
 		goBreaker:  {"a failure", panicOfGobreaker},
-		middleware: {"recovered", panicOfMiddleware},
+		middleware: {"recovered in a server's handlers", panicOfMiddleware},
 	}},
 	{"A client reads of a handler's panic", map[string]cell{
 		ours:       {"`INTERNAL` and an incident id", panicTextOfOurs},
@@ -104,14 +104,14 @@ var table = []row{
 		middleware: {"up to the limiter, which gets the context", waitOfMiddleware},
 	}},
 	{"Goroutines started for a call", map[string]cell{
-		ours:       {"0", goroutinesOfOurs},
-		hystrixGo:  {"2", goroutinesOfHystrix},
+		ours:       {"0; with `engine: hystrix` hystrix-go's, 1 for each metric collector", goroutinesOfOurs},
+		hystrixGo:  {"2, and 1 for each metric collector, at least 1", goroutinesOfHystrix},
 		failsafeGo: {"0; 1 with a timeout; 1 that outlives it with `Executor.WithContext`", goroutinesOfFailsafe},
 		goBreaker:  {"0", goroutinesOfGobreaker},
 		middleware: {"0", goroutinesOfMiddleware},
 	}},
 	{"Asking for the state in a callback", map[string]cell{
-		ours:       {"is fine", callbackOfOurs},
+		ours:       {"is fine, also in the log of `engine: hystrix`", callbackOfOurs},
 		failsafeGo: {"is fine", callbackOfFailsafe},
 		goBreaker:  {"deadlocks", callbackOfGobreaker},
 	}},
