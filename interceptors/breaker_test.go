@@ -354,3 +354,34 @@ func TestWaitingIsNotSlowness(t *testing.T) {
 		wantEnded(t, g, a.sideOf(), a.method, ended{success: 4})
 	})
 }
+
+// tellsLate is a stream whose SendMsg returns after all others have been told.
+type tellsLate struct{ grpc.ClientStream }
+
+func (s tellsLate) SendMsg(m any) error {
+	err := s.ClientStream.SendMsg(m)
+	time.Sleep(time.Second)
+	return err
+}
+
+// gRPC tells the RecvMsg that waits of a message that could not be marshalled.
+func TestCase15_UnsendableWhileReceiving(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		late := func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			s, err := streamer(ctx, desc, cc, method, opts...)
+			return tellsLate{s}, err
+		}
+		g, conn := clientStreams(t, oneStream, grpc.WithChainStreamInterceptor(late))
+		s := streamOpen(t, t.Context(), conn, rpctest.Bidi, "10s UNAVAILABLE")
+		received := make(chan error)
+		go func() { _, err := rpctest.Recv(s); received <- err }()
+		synctest.Wait()
+		go func() { _ = s.SendMsg("not a message") }()
+		if err := <-received; status.Code(err) != codes.Internal {
+			t.Fatal(err)
+		}
+		wantEnded(t, g, interceptors.Client, rpctest.Bidi, ended{neutral: 1})
+		time.Sleep(time.Minute)
+		wantEnded(t, g, interceptors.Client, rpctest.Bidi, ended{neutral: 1})
+	})
+}

@@ -151,7 +151,7 @@ func (s *clientStream) RecvMsg(m any) error {
 	case err == io.EOF:
 		s.end(ending{})
 	case err != nil:
-		s.end(ending{err: err, trailer: s.Trailer})
+		s.end(ending{err: err, local: s.sending(err), trailer: s.Trailer})
 	case s.single:
 		s.end(ending{})
 	case s.probing:
@@ -159,6 +159,14 @@ func (s *clientStream) RecvMsg(m any) error {
 		s.answered()
 	}
 	return err
+}
+
+// sending reports whether a RecvMsg was given the error of a SendMsg that runs: gRPC
+// ends the stream with a message that does not marshal before SendMsg returns. (A
+// server whose response does not marshal while something is sent is taken for it.)
+func (s *clientStream) sending(err error) bool {
+	st, _ := status.FromError(err)
+	return s.inside.Load() > 1 && unmarshalled(st.Code(), st.Message())
 }
 
 // SendMsg ends the stream with its error, except for io.EOF: then the status is

@@ -312,8 +312,11 @@ func (r *rig) fresh() {
 func (r *rig) trip() {
 	r.t.Helper()
 	for range 100 {
-		if r.state() == "open" {
-			return
+		// hystrix-go may be told of a failure later than the guard, which waits for it.
+		for began := time.Now(); time.Since(began) < 5*time.Millisecond; time.Sleep(200 * time.Microsecond) {
+			if r.state() == "open" {
+				return
+			}
 		}
 		r.fail(1)
 	}

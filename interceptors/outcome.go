@@ -239,7 +239,7 @@ func tooLarge(code codes.Code, msg string) bool {
 // uses the same words when it cannot marshal its response, so the request is
 // tried again: only one that really does not marshal was never sent.
 func unsendable(code codes.Code, msg string, req any) bool {
-	if code != codes.Internal || !strings.HasPrefix(msg, "grpc: error while marshaling") {
+	if !unmarshalled(code, msg) {
 		return false
 	}
 	m, ok := req.(proto.Message)
@@ -248,4 +248,8 @@ func unsendable(code codes.Code, msg string, req any) bool {
 	}
 	_, err := proto.Marshal(m)
 	return err != nil
+}
+
+func unmarshalled(code codes.Code, msg string) bool {
+	return code == codes.Internal && strings.HasPrefix(msg, "grpc: error while marshaling")
 }

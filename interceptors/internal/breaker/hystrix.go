@@ -116,7 +116,7 @@ type circuit struct {
 	hystrix *hystrix.CircuitBreaker
 	feed    *feed
 	sleep   time.Duration
-	sent    uint64        // updates that hystrix-go has taken
+	sent    uint64        // applied once hystrix-go has applied all of ours
 	probes  uint64        // so far
 	retryAt time.Duration // while open: when hystrix-go grants the next probe, as far as is known
 	granted bool          // hystrix-go has granted a probe and no call has taken it
@@ -301,8 +301,8 @@ func (c *circuit) closeLater(after time.Duration) {
 
 // queuedLocked reports whether hystrix-go has updates that it has not applied. (A
 // collector that is told of an update is told before hystrix-go is done with it,
-// but closing waits for that.) More may be applied than were sent, if others
-// report on this circuit too.
+// but closing waits for that.) What others have queued on this circuit may be
+// taken for ours.
 func (c *circuit) queuedLocked() bool { return c.feed.applied.Load() < c.sent }
 
 // grantedLocked asks hystrix-go for a probe, if there is none in hand. One that is
@@ -341,10 +341,12 @@ var events = [...]string{
 	Expired:  "context_deadline_exceeded",
 }
 
-// reportLocked queues an update; hystrix-go drops it if 2,000 are queued.
+// reportLocked queues an update; hystrix-go drops it if 2,000 are queued. Those of
+// others that were applied before are as if we had sent them.
 func (c *circuit) reportLocked(event string, start, now time.Duration) {
+	applied := c.feed.applied.Load()
 	if c.hystrix.ReportEvent([]string{event}, c.epoch.Add(start), now-start) == nil {
-		c.sent++
+		c.sent = max(c.sent, applied) + 1
 	}
 }
 

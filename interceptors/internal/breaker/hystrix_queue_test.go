@@ -75,7 +75,15 @@ func gated(t *testing.T, f func() *circuit) (*circuit, *gate) {
 
 func TestHystrixClosesWhenItsQueueIsEmpty(t *testing.T) {
 	c, g := gated(t, func() *circuit { return newCircuit(t, 30*time.Millisecond) })
-	c.trip()
+	for range 5 { // what others reported earlier makes no difference
+		if err := c.foreign().ReportEvent([]string{"timeout"}, time.Now(), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.until("applied", func() bool { return g.count() == 5 })
+	c.end(c.begin(15), failure)
+	c.until("open", func() bool { return c.Stats(c.now()).State == open })
+	c.is(open)
 	release := g.hold(c, 20)
 	refused, slept := 0, c.now()+40*time.Millisecond
 	var probe breaker.Ticket
