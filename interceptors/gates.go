@@ -228,6 +228,7 @@ func (g *Guard) newHystrix(m *gates, onTransition func(breaker.Transition)) (*br
 		Name: g.hystrixName(m), Epoch: g.epoch,
 		ErrorPercent: b.ErrorPercent, RequestVolume: b.RequestVolume, SleepWindow: b.SleepWindow,
 		Timeout: m.policy.Timeout, MaxConcurrent: limit,
+		OnPanic: func(p any) { g.contain("hystrix-go's logger or collector", func() { panic(p) }) },
 	}, onTransition)
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -145,10 +144,4 @@ func BenchmarkHystrix(b *testing.B) {
 		}
 		b.ReportMetric(100*float64(h.Stats(0).Requests)/float64(b.N), "applied-%")
 	})
-}
-
-func cpu() int64 {
-	var r syscall.Rusage
-	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &r)
-	return r.Utime.Nano() + r.Stime.Nano()
 }

@@ -3,15 +3,11 @@ package breaker
 import (
 	"errors"
 	"fmt"
-	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/afex/hystrix-go/hystrix"
-	metriccollector "github.com/afex/hystrix-go/hystrix/metric_collector"
-	"github.com/afex/hystrix-go/hystrix/rolling"
 )
 
 // Hystrix is a circuit of github.com/afex/hystrix-go: AllowRequest decides and
@@ -36,6 +32,7 @@ import (
 type Hystrix struct {
 	*circuit
 	onTransition func(Transition)
+	onPanic      func(any)
 }
 
 // HystrixConfig is what a Hystrix is built from, in hystrix-go's terms. As in
@@ -51,6 +48,10 @@ type HystrixConfig struct {
 	// no limits.
 	Timeout       time.Duration
 	MaxConcurrent int
+
+	// OnPanic is told what a logger or a collector that was given to hystrix-go
+	// panicked with. Not nil; called outside of all locks.
+	OnPanic func(any)
 }
 
 // maxCircuits bounds the circuits of the process: hystrix-go never ends the two
@@ -60,6 +61,10 @@ const maxCircuits = 256
 // maxPool bounds the places that hystrix-go makes for a circuit's pool, which is
 // only shown.
 const maxPool = 10_000
+
+// maxQueued is how many updates may be queued for one of a refused call to be
+// queued too. A collector that is slow would keep the circuit from closing.
+const maxQueued = 200
 
 var (
 	errTooManyCircuits = fmt.Errorf("this process has %d hystrix circuits already, and hystrix-go cannot free one", maxCircuits)
@@ -91,7 +96,11 @@ func NewHystrix(cfg HystrixConfig, onTransition func(Transition)) (*Hystrix, err
 	})
 	if c == nil {
 		c = &circuit{name: cfg.Name, epoch: cfg.Epoch}
-		if c.connectLocked(Closed); c.feed == nil {
+		c.connectLocked(Closed)
+		switch {
+		case c.news.panicked != nil:
+			return nil, fmt.Errorf("a collector that was given to hystrix-go panicked: %v", c.news.panicked)
+		case c.feed == nil:
 			return nil, errForeignCircuit
 		}
 		circuits.byName[cfg.Name] = c
@@ -99,7 +108,7 @@ func NewHystrix(cfg HystrixConfig, onTransition func(Transition)) (*Hystrix, err
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.sleep = cfg.SleepWindow
-	return &Hystrix{circuit: c, onTransition: onTransition}, nil
+	return &Hystrix{circuit: c, onTransition: onTransition, onPanic: cfg.OnPanic}, nil
 }
 
 // circuit is what all Hystrix of one name share.
@@ -112,15 +121,40 @@ type circuit struct {
 	// One section under mu is AllowRequest and the look at the period, or the look
 	// at the period and ReportEvent: between the two, the circuit could open or
 	// close.
-	mu      sync.Mutex
-	hystrix *hystrix.CircuitBreaker
-	feed    *feed
-	sleep   time.Duration
-	sent    uint64        // applied once hystrix-go has applied all of ours
-	probes  uint64        // so far
-	retryAt time.Duration // while open: when hystrix-go grants the next probe, as far as is known
-	granted bool          // hystrix-go has granted a probe and no call has taken it
-	closing *call         // the probe whose success waits for the queue to be empty
+	mu        sync.Mutex
+	hystrix   *hystrix.CircuitBreaker
+	feed      *feed
+	sleep     time.Duration
+	sent      uint64        // applied once hystrix-go has applied all of ours
+	probes    uint64        // so far
+	retryAt   time.Duration // while open: when hystrix-go grants the next probe, as far as is known
+	notBefore time.Duration // a sleep window after the last probe
+	granted   bool          // hystrix-go has granted a probe and no call has taken it
+	closing   *call         // the probe whose success waits for the queue to be empty
+	news      news
+}
+
+// news is what is to be told when mu is free.
+type news struct {
+	transitions []Transition
+	panicked    any
+}
+
+// unlock takes the news.
+func (c *circuit) unlock(n *news) {
+	*n, c.news = c.news, news{}
+	c.mu.Unlock()
+}
+
+// tryLocked calls hystrix-go, whose logger and collectors are foreign code: when
+// one panics, the answer is no.
+func (c *circuit) tryLocked(f func() bool) (yes bool) {
+	defer func() {
+		if p := recover(); p != nil {
+			c.news.panicked = p
+		}
+	}()
+	return f()
 }
 
 // call is one that has ended.
@@ -131,8 +165,10 @@ type call struct{ start, end time.Duration }
 // count in the new circuit. (Done does not look, for 40 ns: before the next call
 // comes, results go to the old one.)
 func (c *circuit) connectLocked(state State) {
-	if current, _, _ := hystrix.GetCircuit(c.name); current != c.hystrix { // it never fails
-		c.hystrix, c.feed, c.sent, c.closing, c.granted = current, feedOf(c.name), 0, nil, false
+	current := c.hystrix                                                                 // also if a collector panics
+	c.tryLocked(func() bool { current, _, _ = hystrix.GetCircuit(c.name); return true }) // no error is ever returned
+	if current != c.hystrix {
+		c.hystrix, c.feed, c.sent, c.closing, c.granted, c.notBefore = current, feedOf(c.name), 0, nil, false, 0
 		c.period.Store(&period{state: state})
 	}
 }
@@ -143,134 +179,139 @@ func (h *Hystrix) Ready(now time.Duration) (retryAfter time.Duration, ok bool) {
 	if h.period.Load().state == Closed {
 		return 0, true // Acquire asks
 	}
-	changed, retryAfter, ok := h.ready(now)
-	h.notify(changed)
+	n, retryAfter, ok := h.ready(now)
+	h.tell(n)
 	return retryAfter, ok
 }
 
 // Acquire implements Breaker.
 func (h *Hystrix) Acquire(now time.Duration) (t Ticket, retryAfter time.Duration, ok bool) {
-	changed, t, retryAfter, ok := h.acquire(now)
-	h.notify(changed)
+	n, t, retryAfter, ok := h.acquire(now)
+	h.tell(n)
 	return t, retryAfter, ok
 }
 
 // Done implements Breaker; hystrix-go does not know slow calls.
 func (h *Hystrix) Done(t Ticket, now time.Duration, r Result, _ bool) {
 	if t.period != nil {
-		h.notify(h.done(t, now, r))
+		h.tell(h.done(t, now, r))
 	}
 }
 
 // Stats implements Breaker. Requests and Failures are hystrix-go's own: what its
 // queue still holds is not in them.
 func (h *Hystrix) Stats(now time.Duration) Stats {
-	changed, s := h.stats(now)
-	h.notify(changed)
+	n, s := h.stats(now)
+	h.tell(n)
 	return s
 }
 
 // Idle implements Breaker. It does not ask hystrix-go, and so calls nobody back: a
-// circuit that is open there is found open when it is used again.
+// circuit that is open there is found open when it is used again. One that is in use
+// is not idle, and not waited for.
 func (h *Hystrix) Idle(time.Duration) bool {
-	h.mu.Lock()
+	if !h.mu.TryLock() {
+		return false
+	}
 	defer h.mu.Unlock()
 	requests, _ := h.feed.sums()
 	return h.period.Load().state == Closed && h.closing == nil && requests == 0 && !h.queuedLocked()
 }
 
-func (h *Hystrix) notify(changed []Transition) {
+func (h *Hystrix) tell(n news) {
+	if n.panicked != nil {
+		h.onPanic(n.panicked)
+	}
 	if h.onTransition == nil {
 		return
 	}
-	for _, t := range changed {
+	for _, t := range n.transitions {
 		h.onTransition(t)
 	}
 }
 
-// These four hold mu to their end, also when a logger that was given to hystrix-go
-// panics.
-
-func (c *circuit) ready(now time.Duration) (changed []Transition, retryAfter time.Duration, ok bool) {
+func (c *circuit) ready(now time.Duration) (n news, retryAfter time.Duration, ok bool) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	defer c.unlock(&n)
 	c.connectLocked(c.period.Load().state)
-	changed = c.followLocked(now)
+	c.followLocked(now)
 	if c.period.Load().state == Closed || c.grantedLocked(now) {
-		return changed, 0, true
+		return n, 0, true
 	}
-	return changed, c.refuseLocked(now), false
+	return n, c.refuseLocked(now), false
 }
 
-func (c *circuit) acquire(now time.Duration) (changed []Transition, t Ticket, retryAfter time.Duration, ok bool) {
+func (c *circuit) acquire(now time.Duration) (n news, t Ticket, retryAfter time.Duration, ok bool) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	defer c.unlock(&n)
 	c.connectLocked(c.period.Load().state)
-	changed = c.followLocked(now)
+	c.followLocked(now)
 	switch p := c.period.Load(); {
 	case c.closing != nil: // no ticket: its result is not to be queued
-		return changed, Ticket{}, 0, true
+		return n, Ticket{}, 0, true
 	case p.state == Closed:
-		return changed, Ticket{period: p, start: now}, 0, true
+		return n, Ticket{period: p, start: now}, 0, true
 	case !c.grantedLocked(now):
-		return changed, Ticket{}, c.refuseLocked(now), false
+		return n, Ticket{}, c.refuseLocked(now), false
 	case p.state == Open:
-		changed = append(changed, c.switchLocked(HalfOpen, SleepWindow))
+		c.switchLocked(HalfOpen, SleepWindow)
 	}
 	c.granted = false
+	c.retryAt = now + c.sleep
+	c.notBefore = now + hystrix.GetCircuitSettings()[c.name].SleepWindow // others may have set it anew
 	c.probes++
-	return changed, Ticket{period: c.period.Load(), probe: c.probes, start: now}, 0, true
+	return n, Ticket{period: c.period.Load(), probe: c.probes, start: now}, 0, true
 }
 
-func (c *circuit) done(t Ticket, now time.Duration, r Result) (changed []Transition) {
+func (c *circuit) done(t Ticket, now time.Duration, r Result) (n news) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	changed = c.followLocked(now)
+	defer c.unlock(&n)
+	c.followLocked(now)
 	switch {
 	case c.period.Load() != t.period:
-		return changed
+		return n
 	case t.Probe() && r == Success:
-		changed = append(changed, c.switchLocked(Closed, ProbeSuccess))
+		c.switchLocked(Closed, ProbeSuccess)
 		if c.closing = (&call{t.start, now}); !c.closeLocked() {
 			c.closeLater(time.Millisecond)
 		}
-		return changed
+		return n
 	case t.Probe() && r.failed():
-		changed = append(changed, c.switchLocked(Open, ProbeFailure))
+		c.switchLocked(Open, ProbeFailure)
 	}
 	c.reportLocked(events[r], t.start, now)
-	return changed
+	return n
 }
 
-func (c *circuit) stats(now time.Duration) (changed []Transition, s Stats) {
+func (c *circuit) stats(now time.Duration) (n news, s Stats) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
+	defer c.unlock(&n)
 	c.connectLocked(c.period.Load().state)
-	changed = c.followLocked(now)
+	c.followLocked(now)
 	s.Engine, s.State = "hystrix", c.period.Load().state
 	if s.State == Closed {
 		s.Requests, s.Failures = c.feed.sums()
 	} else if !c.granted {
 		s.RetryAfter = c.retryInLocked(now)
 	}
-	return changed, s
+	return n, s
 }
 
 // followLocked makes the period that of hystrix-go's circuit. It opens when it is
 // asked whether it is open, by anybody: hystrix-go's own dashboard asks every
 // second.
-func (c *circuit) followLocked(now time.Duration) []Transition {
+func (c *circuit) followLocked(now time.Duration) {
 	if c.closing != nil && !c.closeLocked() {
-		return nil
+		return
 	}
-	switch open, state := c.hystrix.IsOpen(), c.period.Load().state; {
-	case open && state == Closed:
+	// It is open, too, if the logger that was to be told so panicked.
+	switch closed, state := c.tryLocked(func() bool { return !c.hystrix.IsOpen() }), c.period.Load().state; {
+	case !closed && state == Closed:
 		c.retryAt = now + c.sleep
-		return []Transition{c.switchLocked(Open, ErrorPercent)}
-	case !open && state != Closed: // somebody else reported a success, or flushed
-		return []Transition{c.switchLocked(Closed, ProbeSuccess)}
+		c.switchLocked(Open, ErrorPercent)
+	case closed && state != Closed: // somebody else reported a success, or flushed
+		c.switchLocked(Closed, ProbeSuccess)
 	}
-	return nil
 }
 
 // closeLocked reports the success that closes the circuit, if the queue is empty:
@@ -291,8 +332,7 @@ func (c *circuit) closeLocked() bool {
 func (c *circuit) closeLater(after time.Duration) {
 	time.AfterFunc(after, func() {
 		c.mu.Lock()
-		defer c.mu.Unlock()
-		defer func() { _ = recover() }() // of hystrix-go's logger: it meets the next call again
+		defer c.mu.Unlock() // the next call takes the news
 		if c.closing != nil && !c.closeLocked() {
 			c.closeLater(min(2*after, time.Second))
 		}
@@ -305,22 +345,18 @@ func (c *circuit) closeLater(after time.Duration) {
 // taken for ours.
 func (c *circuit) queuedLocked() bool { return c.feed.applied.Load() < c.sent }
 
-// grantedLocked asks hystrix-go for a probe, if there is none in hand. One that is
-// older than a sleep window is asked for again: if it fails, hystrix-go counts the
-// sleep window from the grant.
+// grantedLocked asks hystrix-go for a probe, if there is none in hand. hystrix-go
+// counts the sleep window from the grant, we from the probe, which may be later.
 func (c *circuit) grantedLocked(now time.Duration) bool {
-	if c.granted && now <= c.retryAt {
-		return true
-	}
-	if c.granted = c.hystrix.AllowRequest(); c.granted {
-		c.retryAt = now + c.sleep
-	}
+	c.granted = c.granted || now >= c.notBefore && c.tryLocked(c.hystrix.AllowRequest)
 	return c.granted
 }
 
 // refuseLocked tells hystrix-go of a call that is refused.
 func (c *circuit) refuseLocked(now time.Duration) (retryAfter time.Duration) {
-	c.reportLocked("short-circuit", now, now)
+	if c.sent < c.feed.applied.Load()+maxQueued {
+		c.reportLocked("short-circuit", now, now)
+	}
 	return c.retryInLocked(now)
 }
 
@@ -345,101 +381,17 @@ var events = [...]string{
 // others that were applied before are as if we had sent them.
 func (c *circuit) reportLocked(event string, start, now time.Duration) {
 	applied := c.feed.applied.Load()
-	if c.hystrix.ReportEvent([]string{event}, c.epoch.Add(start), now-start) == nil {
+	if c.tryLocked(func() bool { return c.hystrix.ReportEvent([]string{event}, c.epoch.Add(start), now-start) == nil }) {
 		c.sent = max(c.sent, applied) + 1
 	}
 }
 
-func (c *circuit) switchLocked(to State, cause Cause) Transition {
+func (c *circuit) switchLocked(to State, cause Cause) {
 	from := c.period.Load().state
 	c.granted = false
+	if to == Closed {
+		c.notBefore = 0
+	}
 	c.period.Store(&period{state: to})
-	return Transition{From: from, To: to, Cause: cause}
+	c.news.transitions = append(c.news.transitions, Transition{From: from, To: to, Cause: cause})
 }
-
-// HystrixScope is the name space of a guard in hystrix-go's registry, which is
-// the process's.
-type HystrixScope uint64
-
-var (
-	scopes atomic.Uint64
-	feeds  sync.Map // of *feed, by circuit; filled by hystrix-go under its locks, so no lock of ours
-	listen = sync.OnceFunc(func() { metriccollector.Registry.Register(newFeed) })
-)
-
-// NewHystrixScope returns a name space that no other has. Circuits that are made
-// from now on tell us what they apply.
-func NewHystrixScope() HystrixScope {
-	listen()
-	return HystrixScope(scopes.Add(1))
-}
-
-const namePrefix = "grpc"
-
-// Name is that of a method's circuit: "grpc.client/TARGET/pkg.Service/Method",
-// "grpc.server/pkg.Service/Method", with grpc2 in place of grpc in the second
-// scope, and so on.
-func (s HystrixScope) Name(side, target, method string) string {
-	number := ""
-	if s > 1 {
-		number = strconv.FormatUint(uint64(s), 10)
-	}
-	if target != "" {
-		target = "/" + target
-	}
-	return namePrefix + number + "." + side + target + method
-}
-
-// feed hears what hystrix-go applies to a circuit, beside its own collector: the
-// same numbers, which that one does not show.
-type feed struct {
-	applied atomic.Uint64
-
-	mu               sync.Mutex // guards the pointers
-	requests, errors *rolling.Number
-}
-
-func newFeed(name string) metriccollector.MetricCollector {
-	if !strings.HasPrefix(name, namePrefix) {
-		return deaf{}
-	}
-	f := new(feed)
-	f.Reset()
-	feeds.Store(name, f)
-	return f
-}
-
-func feedOf(name string) *feed {
-	f, _ := feeds.Load(name)
-	found, _ := f.(*feed)
-	return found
-}
-
-// Update implements metriccollector.MetricCollector.
-func (f *feed) Update(r metriccollector.MetricResult) {
-	f.mu.Lock()
-	f.requests.Increment(r.Attempts)
-	f.errors.Increment(r.Errors)
-	f.mu.Unlock()
-	f.applied.Add(1)
-}
-
-// Reset implements metriccollector.MetricCollector.
-func (f *feed) Reset() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.requests, f.errors = rolling.NewNumber(), rolling.NewNumber()
-}
-
-func (f *feed) sums() (requests, errors int) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	now := time.Now()
-	return int(f.requests.Sum(now)), int(f.errors.Sum(now))
-}
-
-// deaf is for the circuits of others.
-type deaf struct{}
-
-func (deaf) Update(metriccollector.MetricResult) {}
-func (deaf) Reset()                              {}

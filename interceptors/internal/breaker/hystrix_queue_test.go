@@ -129,9 +129,10 @@ func TestHystrixClosesWhenItsQueueIsEmpty(t *testing.T) {
 	c.saw(opens, probes, closes)
 }
 
-// Nobody calls after the probe: others find the circuit closed all the same, also
-// if hystrix-go's logger panics meanwhile.
+// Nobody calls after the probe: others find the circuit closed all the same. If
+// hystrix-go's logger panics meanwhile, it has not closed, and is open for us too.
 func TestHystrixClosesWithoutAnotherCall(t *testing.T) {
+	defer logger.at.Store(nil)
 	for _, at := range []string{"nothing", "closing"} {
 		c, g := gated(t, func() *circuit { return newCircuit(t, 30*time.Millisecond) })
 		c.trip()
@@ -139,7 +140,7 @@ func TestHystrixClosesWithoutAnotherCall(t *testing.T) {
 		if _, _, ok := c.Acquire(c.now()); ok {
 			t.Fatal("admitted")
 		}
-		probe := c.probe()
+		probe, before := c.probe(), logger.panics.Load()
 		logger.at.Store(&at)
 		c.Done(probe, c.now(), success, false)
 		if !c.foreign().IsOpen() {
@@ -147,18 +148,35 @@ func TestHystrixClosesWithoutAnotherCall(t *testing.T) {
 		}
 		time.AfterFunc(10*time.Millisecond, release) // the first look is too early
 		if at == "closing" {
-			c.until("applied", c.Applied)
-			c.until("tried", func() bool { return logger.panics.Load() > 0 })
-			logger.at.Store(nil)
-			c.begin(1)
+			c.until("tried", func() bool { return logger.panics.Load() > before })
+			c.is(open)
+			c.saw(opens, probes, closes, opens)
+			continue
 		}
 		c.until("closed", func() bool { return !c.foreign().IsOpen() })
-		logger.at.Store(nil)
 		c.until("applied", c.Applied)
 		if s := c.Stats(c.now()); s.State != closed || s.Requests != 1 {
 			t.Errorf("%+v, want the probe alone", s)
 		}
 		c.saw(opens, probes, closes)
+	}
+}
+
+// A collector that is slow does not keep the circuit from closing for long.
+func TestHystrixQueuesFewRefusals(t *testing.T) {
+	c, g := gated(t, func() *circuit { return newCircuit(t, time.Hour) })
+	c.trip()
+	release := g.hold(c, 20)
+	for range 1000 {
+		if _, _, ok := c.Acquire(c.now()); ok {
+			t.Fatal("admitted")
+		}
+	}
+	release()
+	c.until("applied", c.Applied)
+	c.until("seen by the gate", func() bool { return g.count() >= 20+200 })
+	if n := g.count(); n > 20+201 { // one is not in the queue but under way
+		t.Errorf("%d updates, want 20 failures and 200 refusals", n)
 	}
 }
 

@@ -27,10 +27,13 @@ type circuit struct {
 }
 
 func hystrixConfig(name string) breaker.HystrixConfig {
-	return breaker.HystrixConfig{Name: name, ErrorPercent: 50, RequestVolume: 20, SleepWindow: 30 * time.Millisecond, Epoch: time.Now()}
+	return breaker.HystrixConfig{Name: name, ErrorPercent: 50, RequestVolume: 20, SleepWindow: 30 * time.Millisecond, Epoch: time.Now(), OnPanic: func(any) { told.Add(1) }}
 }
 
-var methods int
+var (
+	methods int
+	told    atomic.Int64 // panics
+)
 
 func newCircuit(t *testing.T, sleep time.Duration) *circuit {
 	t.Helper()
@@ -238,11 +241,28 @@ func TestHystrixSleepsAfterAProbeThatWasGrantedLongAgo(t *testing.T) {
 	granted := c.now()
 	c.until("old", func() bool { return c.now() > granted+sleep+10*time.Millisecond })
 	before := c.now()
-	c.Done(c.probe(), c.now(), failure, false)
+	c.Done(c.probe(), c.now(), breaker.Timeout, false)
 	if _, d, ok := c.Acquire(c.now()); (ok || d == time.Millisecond) && c.now() < before+sleep {
 		t.Errorf("admitted %v, retry after %v", ok, d)
 	}
 	c.saw(opens, probes, reopens)
+}
+
+// The sleep window after a probe counts from the probe, not from its grant.
+func TestHystrixSleepsAfterAProbeThatWasGrantedEarlier(t *testing.T) {
+	const sleep = 200 * time.Millisecond
+	c := newCircuit(t, sleep)
+	c.trip()
+	c.until("ready", func() bool { _, ok := c.Ready(c.now()); return ok })
+	granted := c.now()
+	c.until("older", func() bool { return c.now() > granted+sleep/2 })
+	first := c.now()
+	c.Done(c.probe(), c.now(), failure, false)
+	c.probe()
+	if second := c.now(); second < first+sleep {
+		t.Errorf("two probes within %v, the sleep window is %v", second-first, sleep)
+	}
+	c.saw(opens, probes, reopens, probes)
 }
 
 func TestCase11_HystrixProbeCancelledByItsCaller(t *testing.T) {
@@ -304,6 +324,14 @@ func TestHystrixOthersChangeTheCircuit(t *testing.T) {
 		c.is(closed)
 		c.saw(opens, probes, closes)
 	})
+	t.Run("open before a success", func(t *testing.T) {
+		c := newCircuit(t, time.Hour)
+		stale := c.begin(1)[0]
+		c.end(c.begin(20), failure)
+		c.until("open for others", c.foreign().IsOpen)
+		c.Done(stale, c.now(), success, false)
+		c.is(open)
+	})
 	t.Run("flush", func(t *testing.T) {
 		c := newCircuit(t, time.Hour)
 		stale := c.begin(100)
@@ -353,33 +381,30 @@ var logger = func() *panicky {
 	return p
 }()
 
+// A panic of hystrix-go's logger is kept from the calls, told, and does not wedge
+// the circuit.
 func TestCase17_HystrixLoggerPanics(t *testing.T) {
 	defer logger.at.Store(nil)
 	for _, at := range []string{"opening", "allowing", "closing"} {
+		c, before := newCircuit(t, 30*time.Millisecond), logger.panics.Load()
 		logger.at.Store(&at)
-		c, panics := newCircuit(t, 30*time.Millisecond), 0
-		contain := func(f func()) {
-			defer func() {
-				if recover() != nil {
-					panics++
-				}
-			}()
-			f()
-		}
+		told.Store(0)
 		c.end(c.begin(20), failure)
-		c.until("applied", c.Applied)
-		c.until("closed again", func() (closedAgain bool) {
-			contain(func() {
-				if ticket, _, ok := c.Acquire(c.now()); ok {
-					c.Done(ticket, c.now(), success, false)
-				}
-			})
-			if panics == 1 {
-				logger.at.Store(nil)
-				contain(func() { closedAgain = c.Stats(c.now()).State == closed })
+		c.until("open", func() bool { return c.Stats(c.now()).State == open })
+		c.until("closed", func() bool {
+			if ticket, _, ok := c.Acquire(c.now()); ok {
+				c.Done(ticket, c.now(), success, false)
 			}
-			return closedAgain
+			if logger.panics.Load() > before {
+				logger.at.Store(nil)
+			}
+			return c.Applied() && c.Stats(c.now()).State == closed && !c.foreign().IsOpen()
 		})
+		if n := logger.panics.Load() - before; n == 0 || told.Load() == 0 || told.Load() > n { // at most one a section
+			t.Errorf("%s: %d panics, told of %d", at, n, told.Load())
+		}
+		c.end(c.begin(1), success)
+		c.is(closed)
 	}
 }
 
