@@ -164,9 +164,13 @@ func (s *clientStream) RecvMsg(m any) error {
 // sending reports whether a RecvMsg was given the error of a SendMsg that runs: gRPC
 // ends the stream with a message that does not marshal before SendMsg returns. (A
 // server whose response does not marshal while something is sent is taken for it.)
-func (s *clientStream) sending(err error) bool {
+func (s *clientStream) sending(err error) (yes bool) {
+	if s.inside.Load() < 2 {
+		return false
+	}
+	defer func() { _ = recover() }() // the error may be foreign code
 	st, _ := status.FromError(err)
-	return s.inside.Load() > 1 && unmarshalled(st.Code(), st.Message())
+	return unmarshalled(st.Code(), st.Message())
 }
 
 // SendMsg ends the stream with its error, except for io.EOF: then the status is
