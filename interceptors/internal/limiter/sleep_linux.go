@@ -17,7 +17,9 @@ var napFiles struct {
 	made int
 }
 
-const maxNapFiles = 64
+// maxNapFiles bounds what naps cost a process with many paced methods. With that many
+// waiting, timers beside them are seldom late.
+const maxNapFiles = 4
 
 // nap waits for d, more than 0, and reports whether it could. The file wakes a
 // process that is idle; one that is busy looks at its timers, and so at the
