@@ -146,6 +146,9 @@ func TestWaitWithAContextThatPanics(t *testing.T) {
 			}()
 			b.Wait(panics{l.Context()}, l.clock)
 		}()
+		if b.Locked() {
+			l.Fatal("the lock is held for ever")
+		}
 		l.bucketIs(b, 0, 0)
 		l.wait(0, func() limiter.Verdict { return b.Wait(l.Context(), l.clock) })
 		l.sleep(100 * ms)
