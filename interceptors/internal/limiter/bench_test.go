@@ -2,7 +2,6 @@ package limiter_test
 
 import (
 	"fmt"
-	"syscall"
 	"testing"
 	"time"
 
@@ -100,10 +99,4 @@ func BenchmarkSpacing(b *testing.B) {
 			})
 		}
 	}
-}
-
-func cpu() int64 {
-	var r syscall.Rusage
-	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &r)
-	return r.Utime.Nano() + r.Stime.Nano()
 }

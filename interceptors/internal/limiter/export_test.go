@@ -5,3 +5,12 @@ import "time"
 // TakeAsIfNobodyWaited is the second half of Take, for a call that was
 // descheduled in the middle of it.
 func (r *Rate) TakeAsIfNobodyWaited(now time.Duration) bool { return r.source.take(now) }
+
+// Locked reports whether somebody holds the lock.
+func (r *Rate) Locked() bool {
+	if !r.mu.TryLock() {
+		return true
+	}
+	r.mu.Unlock()
+	return false
+}

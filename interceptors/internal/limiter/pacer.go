@@ -14,14 +14,20 @@ import (
 // once: then Take makes a reservation and says for when. One reservation is always
 // in hand, so that the time of the next call is known before anybody takes it, and
 // a call that is refused or leaves takes nothing.
+//
+// With slack, Take says now for a reservation that is due, whenever it was due. So
+// the limiter has none, and a clock that is slow by the slack instead: the same
+// schedule, and it says when.
 type pacer struct {
-	interval time.Duration // whole nanoseconds: rates are exact to 0.05 %
-	slack    int
+	interval time.Duration // whole nanoseconds, rounded up: rates are exact to 0.1 %, and never exceeded
+	slack    time.Duration
 
 	mu      sync.Mutex
 	limiter ratelimit.Limiter
 	clock   pacerClock
-	next    time.Duration // of the reservation in hand
+	begun   bool
+	next    time.Duration // of the reservation in hand, once begun
+	skipped time.Duration // is added to the times of the limiter
 }
 
 // pacerClock shows the time that it was set to. Its times are far from 0, which is
@@ -34,48 +40,48 @@ func (c *pacerClock) Now() time.Time    { return pacerEpoch.Add(c.now) }
 func (*pacerClock) Sleep(time.Duration) {}
 
 func newPacer(rate float64, slack int) *pacer {
-	interval := time.Duration(math.Round(float64(time.Second) / rate))
-	p := &pacer{interval: interval, slack: slack}
-	p.limiter, p.next = p.newLimiter(), -p.memory()-1
+	interval := time.Duration(math.Ceil(float64(time.Second) / rate))
+	p := &pacer{interval: interval, slack: time.Duration(slack) * interval}
+	p.limiter = ratelimit.New(1, ratelimit.Per(interval), ratelimit.WithoutSlack, ratelimit.WithClock(&p.clock))
 	return p
-}
-
-func (p *pacer) newLimiter() ratelimit.Limiter {
-	return ratelimit.New(1, ratelimit.Per(p.interval), ratelimit.WithSlack(p.slack), ratelimit.WithClock(&p.clock))
 }
 
 func (p *pacer) take(now time.Duration) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	switch late := now - p.next; {
-	case late > 0 && p.slack == 0: // no early call makes up for it
-		p.limiter = p.newLimiter()
+	switch {
+	case !p.begun: // the first call is alone
+		p.begun = true
 		p.reserveLocked(now)
-	case late > p.memory(): // nor for more than the slack
-		p.reserveLocked(now)
+	case now-p.next > p.slack: // no more early calls make up for a pause
+		p.skipped += p.interval // or else the limiter would reckon from the last call
+		p.reserveLocked(now - p.slack)
 	}
 	if p.next > now {
 		return false
 	}
-	p.reserveLocked(now)
+	p.reserveLocked(now - p.slack)
 	return true
 }
 
-// memory is how long the limiter remembers a permission that nobody took.
-func (p *pacer) memory() time.Duration { return time.Duration(p.slack+1) * p.interval }
-
-func (p *pacer) reserveLocked(now time.Duration) {
-	p.clock.now = now
-	p.next = p.limiter.Take().Sub(pacerEpoch)
+// reserveLocked reserves the time that is an interval after the last one, or
+// earliest if a skip has made that later.
+func (p *pacer) reserveLocked(earliest time.Duration) {
+	p.clock.now = earliest + p.skipped
+	p.next = p.limiter.Take().Sub(pacerEpoch) - p.skipped
 }
 
 func (p *pacer) delay(now time.Duration, ahead int) time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return max(0, p.next+time.Duration(ahead)*p.interval-now)
+	next := p.next
+	if !p.begun {
+		next = now
+	}
+	return max(0, next+time.Duration(ahead)*p.interval-now)
 }
 
-// available is 1 or 0: how much of the slack is left, the limiter does not say.
+// available is 1 or 0: whether a call would be admitted.
 func (p *pacer) available(now time.Duration) float64 {
 	if p.delay(now, 0) > 0 {
 		return 0
@@ -83,8 +89,10 @@ func (p *pacer) available(now time.Duration) float64 {
 	return 1
 }
 
+// idle: what a pause can give is all there. A new pacer gives less, its first call
+// is alone.
 func (p *pacer) idle(now time.Duration) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return now-p.next > p.memory()
+	return !p.begun || now-p.next >= p.slack
 }

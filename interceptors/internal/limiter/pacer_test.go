@@ -3,6 +3,7 @@ package limiter_test
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"testing"
 	"time"
@@ -75,12 +76,16 @@ func TestPacingAfterAPause(t *testing.T) {
 				if !p.Take(0) || p.Take(0) {
 					t.Fatal("the first call is alone")
 				}
-				got, most := takeAll(p, pause), min(int(pause/(100*ms)), slack+1)
-				// Where the slack is just about full, one more.
-				if got < most || got > most+1 || got != most && (slack == 0 || pause == time.Hour) {
-					t.Fatalf("%d at once, want %d", got, most)
+				// The next is due at 100 ms, or as long before as the slack allows.
+				due := max(100*ms, pause-time.Duration(slack)*100*ms)
+				got, want := takeAll(p, pause), int((pause-due)/(100*ms))+1
+				if got != want {
+					t.Fatalf("%d at once, want %d", got, want)
 				}
-				next := pause + p.RetryAfter(pause)
+				next := due + time.Duration(want)*100*ms
+				if d := p.RetryAfter(pause); d != next-pause {
+					t.Fatalf("the next in %v, want %v", d, next-pause)
+				}
 				for i := range 20 { // then evenly again
 					if p.Take(next-ns) || !p.Take(next) || p.Take(next) {
 						t.Fatalf("call %d is not at %v", i, next)
@@ -170,7 +175,7 @@ func TestPacingNeverSleepsWithoutMaxWait(t *testing.T) {
 }
 
 func TestPacingRates(t *testing.T) {
-	for _, rate := range []float64{0.001, 3, 7.3, 600_000, 999_999, 1e6} {
+	for _, rate := range []float64{0.001, 3, 7.3, 600_000, 666_900, 999_999, 1e6} {
 		p, at, n := limiter.NewPacer(rate, 0, 0), time.Duration(0), 10_000
 		for range n {
 			if !p.Take(at) {
@@ -178,8 +183,43 @@ func TestPacingRates(t *testing.T) {
 			}
 			at += p.RetryAfter(at)
 		}
-		if got := float64(n) / at.Seconds(); got < 0.9995*rate || got > 1.0005*rate {
-			t.Errorf("%v calls a second, want %v", got, rate)
+		// Never faster, and slower by less than a nanosecond a call.
+		if got := float64(at) / float64(n); got < 1e9/rate || got >= 1e9/rate+1 {
+			t.Errorf("%v/s: %v ns apart", rate, got)
+		}
+	}
+}
+
+// No span sees more than its share, the slack and one, whenever calls come.
+func TestPacingSpans(t *testing.T) {
+	const interval = 100 * ms
+	for _, slack := range []int{0, 1, 2, 10} {
+		for seed := range uint64(300) {
+			random := rand.New(rand.NewPCG(seed, 0))
+			p := limiter.NewPacer(10, slack, 0)
+			var at []time.Duration
+			for now := time.Duration(0); len(at) < 100; {
+				for range random.IntN(2 * (slack + 2)) { // the slack is not always used up
+					if p.Take(now) {
+						at = append(at, now)
+					}
+				}
+				switch full := time.Duration(slack+1) * interval; random.IntN(3) {
+				case 0:
+					now += time.Duration(random.Int64N(int64(interval)))
+				case 1:
+					now += full + time.Duration(random.Int64N(int64(2*interval))) - interval
+				case 2:
+					now += p.RetryAfter(now)
+				}
+			}
+			for i, from := range at {
+				for j, to := range at[i:] {
+					if most := int((to-from)/interval) + slack + 1; j+1 > most {
+						t.Fatalf("slack %d, seed %d: %d calls in %v, want at most %d", slack, seed, j+1, to-from, most)
+					}
+				}
+			}
 		}
 	}
 }
@@ -199,13 +239,20 @@ func TestPacingStats(t *testing.T) {
 	is(0, 0, false)
 	is(100*ms-ns, 0, false)
 	is(100*ms, 1, false)
-	is(400*ms, 1, false)
-	is(400*ms+ns, 1, true)
+	is(300*ms-ns, 1, false)
+	is(300*ms, 1, true)
+	if n := takeAll(p, time.Hour); n != 3 {
+		t.Errorf("%d at once when idle, want 3", n)
+	}
 }
 
 func TestPacingAllocatesNothing(t *testing.T) {
-	p, now := limiter.NewPacer(1000, 10, 0), time.Duration(0)
-	if n := testing.AllocsPerRun(1000, func() { now += ms / 2; p.Take(now) }); n != 0 {
-		t.Errorf("%v allocations a call", n)
+	for _, slack := range []int{0, 1, 10} {
+		for _, step := range []time.Duration{ms / 2, ms + ms/2, 20 * ms} {
+			p, now := limiter.NewPacer(1000, slack, 0), time.Duration(0)
+			if n := testing.AllocsPerRun(1000, func() { now += step; p.Take(now) }); n != 0 {
+				t.Errorf("slack %d, every %v: %v allocations a call", slack, step, n)
+			}
+		}
 	}
 }

@@ -15,6 +15,7 @@ import (
 type Rate struct {
 	source  source
 	maxWait time.Duration
+	precise bool // waits end to 0.1 ms, where that can be had
 
 	waiting atomic.Int64 // queue.Len(), for readers without the lock
 	mu      sync.Mutex
@@ -29,7 +30,7 @@ type source interface {
 	delay(now time.Duration, ahead int) time.Duration
 	// available is the number of permissions at now, as far as it is known.
 	available(now time.Duration) float64
-	// idle reports whether a new source would decide the same.
+	// idle reports whether a new source would decide the same, or be stricter.
 	idle(now time.Duration) bool
 }
 
@@ -44,7 +45,7 @@ func NewBucket(rate float64, burst int, maxWait time.Duration) *Rate {
 // second, 0.001 to 1e6; after a pause up to slack of them may come early, 0 to 1e7,
 // slack/rate at most 30 days; maxWait as in NewBucket.
 func NewPacer(rate float64, slack int, maxWait time.Duration) *Rate {
-	return &Rate{source: newPacer(rate, slack), maxWait: maxWait}
+	return &Rate{source: newPacer(rate, slack), maxWait: maxWait, precise: true}
 }
 
 // Take takes a permission if there is one and nobody waits. It does not allocate.
@@ -73,10 +74,11 @@ func (r *Rate) Wait(ctx context.Context, clock func() time.Duration) Verdict {
 	if ctx.Err() != nil {
 		return Ended
 	}
+	deadline, ok := ctx.Deadline() // not under the lock: it may panic
 	r.mu.Lock()
 	now := clock()
 	turn := r.source.delay(now, r.queue.Len())
-	if deadline, ok := ctx.Deadline(); turn > r.maxWait || ok && turn > time.Until(deadline) {
+	if turn > r.maxWait || ok && turn > time.Until(deadline) {
 		r.mu.Unlock()
 		return Refused
 	}
@@ -116,24 +118,22 @@ func (r *Rate) waitAsHead(ctx context.Context, clock func() time.Duration, limit
 			return TimedOut
 		}
 		due = now + delay
-		rest(ctx, delay, clock() > now)
+		rest(ctx, delay, r.precise && clock() > now)
 	}
 	return Ended
 }
 
 // rest waits for about d, or less if ctx ends. An idle process serves timers up to
 // 1 ms late, since the runtime's poller counts in whole milliseconds, which is five
-// intervals at 5,000 calls per second. So the last millisecond is a nap of the
-// thread, precise to 0.1 ms, during which ctx is not seen. Where time stands still
-// between two looks at it (testing/synctest), it moves for timers alone.
-func rest(ctx context.Context, d time.Duration, moves bool) {
-	const nap = time.Millisecond
-	if moves && canNap {
-		if d <= nap {
-			sleepThread(d)
-			return
-		}
-		d -= nap
+// intervals at 5,000 calls per second. So the last millisecond of a precise rest is
+// a nap, during which ctx is not seen. Where time stands still between two looks at
+// it (testing/synctest), it moves for timers alone, and no rest is precise.
+func rest(ctx context.Context, d time.Duration, precise bool) {
+	const last = time.Millisecond
+	if precise && d > last {
+		d -= last
+	} else if precise && d > 0 && nap(d) {
+		return
 	}
 	timer := time.NewTimer(d)
 	defer timer.Stop()
@@ -161,7 +161,8 @@ func (r *Rate) Stats(now time.Duration) (available float64, waiting int) {
 	return r.source.available(now), int(r.waiting.Load())
 }
 
-// Idle reports whether nobody waits and a new limit would decide the same.
+// Idle reports whether nobody waits and a new limit would decide the same, or,
+// with pacing, be stricter: the first call of a new one is alone.
 func (r *Rate) Idle(now time.Duration) bool {
 	return r.source.idle(now) && r.waiting.Load() == 0
 }

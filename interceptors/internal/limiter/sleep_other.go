@@ -4,6 +4,4 @@ package limiter
 
 import "time"
 
-const canNap = false
-
-func sleepThread(time.Duration) {}
+func nap(time.Duration) bool { return false }

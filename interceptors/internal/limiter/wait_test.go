@@ -130,6 +130,32 @@ func TestWaitFindsAToken(t *testing.T) { // which came since Take
 	})
 }
 
+type panics struct{ context.Context }
+
+func (panics) Deadline() (time.Time, bool) { panic("no deadline") }
+
+func TestWaitWithAContextThatPanics(t *testing.T) {
+	bubble(t, func(l *line) {
+		b := limiter.NewBucket(10, 1, sec)
+		takeAll(b, 0)
+		func() {
+			defer func() {
+				if recover() == nil {
+					l.Error("no panic")
+				}
+			}()
+			b.Wait(panics{l.Context()}, l.clock)
+		}()
+		if b.Locked() {
+			l.Fatal("the lock is held for ever")
+		}
+		l.bucketIs(b, 0, 0)
+		l.wait(0, func() limiter.Verdict { return b.Wait(l.Context(), l.clock) })
+		l.sleep(100 * ms)
+		l.ended(ending{0, 100 * ms, admitted})
+	})
+}
+
 // A thousand wait, and of those beyond the max wait each is refused at once.
 func TestWaitThousand(t *testing.T) {
 	bubble(t, func(l *line) {
