@@ -358,6 +358,7 @@ func TestHystrixOthersChangeTheCircuit(t *testing.T) {
 		if s := c.Stats(c.now()); s.Requests != 0 {
 			t.Errorf("%+v, want an empty window", s)
 		}
+		c.saw()
 	})
 }
 

@@ -47,7 +47,7 @@ func (s HystrixScope) Name(side, target, method string) string {
 // feed hears what hystrix-go applies to a circuit, beside its own collector: the
 // same numbers, which that one does not show.
 type feed struct {
-	applied atomic.Uint64
+	applied, resets atomic.Uint64
 
 	mu               sync.Mutex // guards the pointers
 	requests, errors *rolling.Number
@@ -83,6 +83,7 @@ func (f *feed) Reset() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.requests, f.errors = rolling.NewNumber(), rolling.NewNumber()
+	f.resets.Add(1)
 }
 
 func (f *feed) sums() (requests, errors int) {
