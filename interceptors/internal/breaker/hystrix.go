@@ -172,8 +172,9 @@ func (c *circuit) connectLocked(state State) {
 			return
 		}
 	}
-	current := c.hystrix                                                                       // also if a collector panics
-	if !c.tryLocked(func() bool { current, _, _ = hystrix.GetCircuit(c.name); return true }) { // no error is ever returned
+	current := c.hystrix
+	// A collector may panic while the circuit is made; no error is ever returned.
+	if !c.tryLocked(func() bool { current, _, _ = hystrix.GetCircuit(c.name); return true }) {
 		return
 	}
 	if c.resets = resets; current != c.hystrix {

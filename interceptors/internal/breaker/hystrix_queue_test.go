@@ -1,10 +1,12 @@
 package breaker_test
 
 import (
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/afex/hystrix-go/hystrix"
 	metriccollector "github.com/afex/hystrix-go/hystrix/metric_collector"
 
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
@@ -40,16 +42,21 @@ func (g *gate) count() int {
 	return len(g.seen)
 }
 
-// holding has a gate for each circuit that is made while it is set.
+// holding has a gate for each circuit that is made while it is set. For one name,
+// no collector is made, but a panic.
 var holding struct {
 	sync.Mutex
-	gates map[string]*gate
+	gates  map[string]*gate
+	panics string
 }
 
 var register = sync.OnceFunc(func() {
 	metriccollector.Registry.Register(func(name string) metriccollector.MetricCollector {
 		holding.Lock()
 		defer holding.Unlock()
+		if name == holding.panics {
+			panic("no collector of " + name)
+		}
 		g := new(gate)
 		if holding.gates != nil {
 			holding.gates[name] = g
@@ -238,5 +245,37 @@ func TestHystrixTellsItsCollectors(t *testing.T) {
 	want := metriccollector.MetricResult{Attempts: 42, Successes: 2, Failures: 3 + 20, Timeouts: 4, ContextCanceled: 5, ContextDeadlineExceeded: 6, ShortCircuits: 1}
 	if sum != want {
 		t.Errorf("%+v, want %+v", sum, want)
+	}
+}
+
+func TestCase17_HystrixCollectorPanics(t *testing.T) {
+	register()
+	cfg := hystrixConfig(breaker.NewHystrixScope().Name("server", "", "/a.B/Collector"))
+	panics := func(name string) {
+		holding.Lock()
+		defer holding.Unlock()
+		holding.panics = name
+	}
+	panics(cfg.Name)
+	if _, err := breaker.NewHystrix(cfg, nil); err == nil || !strings.Contains(err.Error(), "no collector of "+cfg.Name) {
+		t.Errorf("%v, want an error with what the collector said", err)
+	}
+	panics("")
+	h, err := breaker.NewHystrix(cfg, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	panics(cfg.Name) // once it is flushed, the old circuit goes on
+	told.Store(0)
+	hystrix.Flush()
+	if ticket, _, ok := h.Acquire(0); !ok || told.Load() == 0 {
+		t.Errorf("admitted %v, told of %d panics", ok, told.Load())
+	} else {
+		h.Done(ticket, 0, success, false)
+	}
+	panics("")
+	h.Stats(0)
+	if _, created, _ := hystrix.GetCircuit(cfg.Name); created {
+		t.Error("no new circuit")
 	}
 }
