@@ -42,9 +42,9 @@ type gates struct {
 	rate           *limiter.Rate
 	external       ratelimit.Limiter
 	unary, stream  *limiter.Semaphore // the same one with scope rule
-	_              [16]byte           // what calls write begins a cache line: 80 ns a call for 145 on two cores
+	seen           uint64             // guarded by side.mu: counts.admitted at the last sweep
+	_              [8]byte            // what calls write has cache lines of its own: 80 ns a call for 145 on two cores
 	counts         counts
-	seen           uint64 // guarded by side.mu: counts.admitted at the last sweep
 }
 
 // counts are totals since the state was made. In-flight calls are admitted less
