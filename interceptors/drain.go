@@ -32,7 +32,7 @@ func (p phase) String() string {
 
 // drain is the state of a guard's drain. The steps themselves are in serve.go.
 type drain struct {
-	policy   policy.Drain
+	policy   atomic.Pointer[policy.Drain]
 	current  atomic.Int32
 	asked    chan struct{} // closed by Drain, and when a drain begins
 	draining chan struct{} // closed when grace begins
@@ -42,12 +42,11 @@ type drain struct {
 	began   time.Duration         // when announcing was entered
 	watches map[*watchStream]bool // health Watch streams
 
-	preparing sync.Mutex   // makes Serve register one health service
-	servers   atomic.Int32 // that Serve or Shutdown has not ended
+	servers atomic.Int32 // that Serve or Shutdown has not ended
 }
 
 func (d *drain) init(p policy.Drain) {
-	d.policy = p
+	d.policy.Store(&p)
 	d.asked = make(chan struct{})
 	d.draining = make(chan struct{})
 	d.watches = map[*watchStream]bool{}

@@ -11,7 +11,7 @@ func TestCountsBeginACacheLine(t *testing.T) {
 		t.Skip("the padding is for 64 bits")
 	}
 	for range 100 {
-		m := new(gates)
+		m := new(state)
 		if at := uintptr(unsafe.Pointer(&m.counts)) % 64; at != 0 {
 			t.Errorf("the counts of %p lie %d bytes into a cache line", m, at) // m is on the heap for this
 		}

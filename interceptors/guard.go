@@ -31,7 +31,10 @@ type Guard struct {
 	client *side
 	server *side
 
-	hystrix breaker.HystrixScope // zero if the policy names engine hystrix nowhere
+	reloading sync.Mutex     // held by Reload, and by Serve while it checks the policy
+	served    []*grpc.Server // by Serve; guarded by reloading
+	reloads   reloads
+	hystrix   atomic.Uint64 // a breaker.HystrixScope; 0: no policy has named engine hystrix
 
 	recovers recovers
 	inflight inflight
@@ -77,29 +80,49 @@ func Parse(name string, yaml []byte) (*resiliencev1.Policy, error) {
 // options; an empty policy is fine: it recovers panics and drains.
 func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
 	o, err := newOptions(opts)
-	client, server := p.GetClient().GetRules(), p.GetServer().GetRules()
-	invalid := policy.Validate(p)
-	var clientRules *policy.Table
-	if invalid == nil {
-		clientRules = policy.NewTable(client)
-		err = errors.Join(err, o.fallbacks.check(clientRules))
-	}
-	if err := errors.Join(invalid, err, o.checkLimiters(Client, client), o.checkLimiters(Server, server)); err != nil {
+	c, invalid := o.compile(p)
+	if err := errors.Join(err, invalid); err != nil {
 		return nil, err
 	}
 	g := &Guard{opts: o, epoch: time.Now(), done: make(chan struct{})}
-	if slices.ContainsFunc(slices.Concat(client, server), policy.UsesHystrix) {
-		g.hystrix = breaker.NewHystrixScope()
-	}
-	g.client = newSide(g, Client, clientRules)
-	g.server = newSide(g, Server, policy.NewTable(server))
+	g.nameCircuits(c)
+	g.client = newSide(g, Client, c.client)
+	g.server = newSide(g, Server, c.server)
 	g.recovers = newRecovers(g)
-	g.drain.init(policy.NewDrain(p.GetServer().GetDrain()))
+	g.drain.init(c.drain)
 	if g.metrics, err = newMetrics(g); err != nil {
 		return nil, fmt.Errorf("interceptors: metrics: %w", err)
 	}
 	return g, nil
 }
+
+// compiled is a policy that is valid together with a guard's options.
+type compiled struct {
+	client, server *policy.Table
+	drain          policy.Drain
+	hystrix        bool // a rule names the engine
+}
+
+// compile's error lists every mistake.
+func (o *options) compile(p *resiliencev1.Policy) (*compiled, error) {
+	client, server := p.GetClient().GetRules(), p.GetServer().GetRules()
+	limiters := errors.Join(o.checkLimiters(Client, client), o.checkLimiters(Server, server))
+	if err := policy.Validate(p); err != nil {
+		return nil, errors.Join(err, limiters)
+	}
+	c := &compiled{client: policy.NewTable(client), server: policy.NewTable(server), drain: policy.NewDrain(p.GetServer().GetDrain())}
+	c.hystrix = slices.ContainsFunc(slices.Concat(client, server), policy.UsesHystrix)
+	return c, errors.Join(o.fallbacks.check(c.client), limiters)
+}
+
+// nameCircuits gives the guard its own names in hystrix-go, if it needs them.
+func (g *Guard) nameCircuits(c *compiled) {
+	if c.hystrix && g.hystrix.Load() == 0 {
+		g.hystrix.Store(uint64(breaker.NewHystrixScope()))
+	}
+}
+
+func (g *Guard) hystrixScope() breaker.HystrixScope { return breaker.HystrixScope(g.hystrix.Load()) }
 
 // DialOptions returns what grpc.NewClient needs to put the guard around a
 // channel's calls, followed by extra. Ours come first, so the guard is outside
@@ -130,7 +153,7 @@ func (g *Guard) ServerOptions(extra ...grpc.ServerOption) []grpc.ServerOption {
 // registry, for hystrix.GetCircuit, metric collectors and dashboards:
 // "grpc.client/TARGET/pkg.Service/Method" or "grpc.server/pkg.Service/Method". The
 // second guard of a process that uses the engine has grpc2 in place of grpc, and
-// so on, in the order in which they were made. target is the canonical target of
+// so on, in the order in which their policies first named it. target is the canonical target of
 // the channel (grpc.ClientConn.CanonicalTarget), and ignored for Server; method is
 // the full name, "/pkg.Service/Method". The circuit itself is made when the method
 // is first called. "" if the policy gives the method no breaker with engine hystrix.
@@ -142,10 +165,10 @@ func (g *Guard) HystrixName(s Side, target, method string) string {
 	if s == Server {
 		of, target = g.server, ""
 	}
-	if eff := of.rules.Effective(method); eff == nil || eff.Breaker == nil || !eff.Breaker.Hystrix {
+	if eff := of.rules.Load().Effective(method); eff == nil || eff.Breaker == nil || !eff.Breaker.Hystrix {
 		return ""
 	}
-	return g.hystrix.Name(s.String(), target, method)
+	return g.hystrixScope().Name(s.String(), target, method)
 }
 
 // Close ends what the guard started: its metrics are no longer collected (what

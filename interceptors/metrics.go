@@ -27,9 +27,9 @@ type metrics struct {
 
 // observed are the instruments that the collection callback fills.
 type observed struct {
-	decisions, transitions, calls, panics      metric.Int64ObservableCounter
-	state, limit, inflight, queued, drainCalls metric.Int64ObservableUpDownCounter
-	available                                  metric.Float64ObservableGauge
+	decisions, transitions, calls, panics, reloads metric.Int64ObservableCounter
+	state, limit, inflight, queued, drainCalls     metric.Int64ObservableUpDownCounter
+	available                                      metric.Float64ObservableGauge
 }
 
 // builder makes instruments and keeps the first error.
@@ -78,6 +78,7 @@ func newMetrics(g *Guard) (*metrics, error) {
 		transitions: b.counter("resilience.breaker.transitions", "{transition}", "Changes of state of circuit breakers."),
 		calls:       b.counter("resilience.breaker.calls", "{call}", "Admitted calls of methods with a breaker, by outcome."),
 		panics:      b.counter("resilience.panics", "{panic}", "Recovered panics of handlers."),
+		reloads:     b.counter("resilience.config.reloads", "{reload}", "Policies that Reload was given, by what became of them."),
 		state:       b.upDown("resilience.breaker.state", "1", "1 for the state that the breaker is in, 0 for the others."),
 		limit:       b.upDown("resilience.concurrency.limit", "{call}", "Places for unary calls."),
 		inflight:    b.upDown("resilience.concurrency.inflight", "{call}", "Calls and streams that hold a place."),
@@ -92,7 +93,7 @@ func newMetrics(g *Guard) (*metrics, error) {
 	m.registration, err = b.RegisterCallback(func(_ context.Context, to metric.Observer) error {
 		g.observe(to, &o)
 		return nil
-	}, o.decisions, o.transitions, o.calls, o.panics, o.state, o.limit, o.inflight, o.queued, o.drainCalls, o.available)
+	}, o.decisions, o.transitions, o.calls, o.panics, o.reloads, o.state, o.limit, o.inflight, o.queued, o.drainCalls, o.available)
 	return m, err
 }
 
@@ -117,6 +118,12 @@ var system = attribute.String("rpc.system.name", "grpc")
 // ofServer are the attributes of what is not counted by method.
 var ofServer = metric.WithAttributeSet(attribute.NewSet(system, attribute.String("side", Server.String())))
 
+// ofApplied and ofRejected are those of what became of a policy.
+var (
+	ofApplied  = metric.WithAttributeSet(attribute.NewSet(system, attribute.String("result", "applied")))
+	ofRejected = metric.WithAttributeSet(attribute.NewSet(system, attribute.String("result", "rejected")))
+)
+
 func (m *gates) attributes() []attribute.KeyValue {
 	attrs := []attribute.KeyValue{
 		system,
@@ -133,6 +140,8 @@ func (m *gates) attributes() []attribute.KeyValue {
 func (g *Guard) observe(to metric.Observer, o *observed) {
 	now := g.now()
 	to.ObserveInt64(o.panics, int64(g.panics.Load()), ofServer)
+	to.ObserveInt64(o.reloads, int64(g.reloads.applied.Load()), ofApplied)
+	to.ObserveInt64(o.reloads, int64(g.reloads.rejected.Load()), ofRejected)
 	draining := 0
 	if p := g.drain.phase(); p > serving && p < stopped {
 		draining = g.inflight.count()

@@ -198,14 +198,14 @@ func (s *side) startRecording() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.recording = true
-	for _, t := range *s.targets.Load() {
+	for _, t := range s.distinctLocked() {
 		for _, m := range t.allLocked() {
 			m.startRecording()
 		}
 	}
 }
 
-// startRecording gives the method a recorder if it is shown. The overflow is not,
+// startRecording gives the method a recorder if it is shown; the caller holds side.mu. The overflow is not,
 // because it is no method and has no breaker, but its calls are in the limits that it
 // shares with methods.
 func (m *gates) startRecording() {
@@ -214,8 +214,8 @@ func (m *gates) startRecording() {
 	if m.method == overflow {
 		shown = l != nil && l.Shared != 0
 	}
-	if shown {
-		m.recorder.CompareAndSwap(nil, new(recorder))
+	if shown && m.recorder.Load() == nil {
+		m.recorder.Store(new(recorder))
 	}
 }
 

@@ -16,6 +16,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
 )
 
 // handshakeTimeout bounds how long a connection that never finishes its
@@ -140,7 +142,7 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv *grpc.Server) (c
 	defer func() { g.metrics.drained(g.now() - began) }()
 
 	g.enter(announcing)
-	wait(announced, g.drain.policy.Announce-g.drain.age(began), nil)
+	wait(announced, g.drain.policy.Load().Announce-g.drain.age(began), nil)
 
 	g.enter(graceful)
 	ended := make(chan struct{})
@@ -148,7 +150,7 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv *grpc.Server) (c
 		srv.GracefulStop() // its return, not an in-flight count of 0, is the end
 		close(ended)
 	}()
-	if wait(cutNow, g.drain.policy.Grace, ended) {
+	if wait(cutNow, g.drain.policy.Load().Grace, ended) {
 		g.stopped()
 		return true, nil
 	}
@@ -166,7 +168,7 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv *grpc.Server) (c
 		g.log(slog.LevelWarn, "drain cuts more calls", slog.Int("calls", more))
 	}
 	g.metrics.aborted(len(calls))
-	complete = wait(context.Background(), g.drain.policy.Cut, ended)
+	complete = wait(context.Background(), g.drain.policy.Load().Cut, ended)
 	g.stopped()
 	if !complete {
 		g.log(slog.LevelError, "drain abandons handlers that ignore their context", slog.Int("calls", g.inflight.count()))
@@ -238,17 +240,21 @@ func (g *Guard) prepare(ctx context.Context, srv *grpc.Server, lis []net.Listene
 	case g.drain.phase() == stopped:
 		return errors.New("interceptors: Serve: the guard has drained; a new server needs a new guard")
 	}
-	g.drain.preparing.Lock()
-	defer g.drain.preparing.Unlock()
+	g.reloading.Lock()
+	defer g.reloading.Unlock()
 	if _, ok := srv.GetServiceInfo()[healthService]; !ok {
 		healthpb.RegisterHealthServer(srv, health.NewServer())
 	}
-	return g.checkMethods(srv)
+	if err := checkMethods(g.server.rules.Load(), srv); err != nil {
+		return err
+	}
+	g.served = append(g.served, srv)
+	return nil
 }
 
 // checkMethods finds methods that the policy names and the server lacks: a
 // misspelt rule would protect nothing.
-func (g *Guard) checkMethods(srv *grpc.Server) error {
+func checkMethods(rules *policy.Table, srv *grpc.Server) error {
 	has := map[string]bool{}
 	for service, info := range srv.GetServiceInfo() {
 		for _, m := range info.Methods {
@@ -256,7 +262,7 @@ func (g *Guard) checkMethods(srv *grpc.Server) error {
 		}
 	}
 	var errs []error
-	for _, method := range g.server.rules.Exact() {
+	for _, method := range rules.Exact() {
 		if !has[method] {
 			errs = append(errs, fmt.Errorf("interceptors: server.rules: the server has no method %s", method))
 		}

@@ -120,7 +120,7 @@ func (g *Guard) guardStream(ctx context.Context, now time.Duration, srv any, ss 
 // the policy says so.
 func (g *Guard) admitServer(method string) (*gates, error) {
 	m := g.server.lookup(nil, method)
-	if g.drain.policy.RejectNew && g.drain.phase() >= graceful && !isHealth(method) {
+	if g.drain.policy.Load().RejectNew && g.drain.phase() >= graceful && !isHealth(method) {
 		err := &RejectedError{Side: Server, Method: method, Reason: ReasonDraining}
 		if m != nil {
 			m.counts.rejected[ReasonDraining.index()].Add(1)

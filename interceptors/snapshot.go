@@ -102,12 +102,8 @@ func (g *Guard) states() []*gates {
 	for _, s := range []*side{g.client, g.server} {
 		s.mu.Lock()
 		s.sweepLocked(g.now())
-		seen := map[*target]bool{} // one target may be known under several names
-		for _, t := range *s.targets.Load() {
-			if !seen[t] {
-				seen[t] = true
-				all = append(all, t.allLocked()...)
-			}
+		for _, t := range s.distinctLocked() {
+			all = append(all, t.allLocked()...)
 		}
 		s.mu.Unlock()
 	}

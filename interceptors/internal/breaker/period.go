@@ -20,6 +20,7 @@ type period struct {
 	state State         // immutable
 	start time.Duration // immutable
 	sleep time.Duration // immutable; the latest sleep window, 0 if closed
+	width time.Duration // immutable; of a bucket, 0 unless closed
 
 	// Closed. Counters need no lock; Window.mu guards the advance to the next
 	// bucket.
@@ -48,8 +49,8 @@ type probe struct {
 // bucket number adds to a bucket that counts for at least nine tenths of a
 // window more; one that sleeps for all of that adds to a newer bucket. Time that
 // goes backwards moves nothing: late results count in the newest bucket.
-func (p *period) advanceLocked(now, width time.Duration) {
-	next, newest := uint64(max(0, now-p.start)/width), p.newest.Load()
+func (p *period) advanceLocked(now time.Duration) {
+	next, newest := uint64(max(0, now-p.start)/p.width), p.newest.Load()
 	if next <= newest {
 		return
 	}
@@ -121,8 +122,8 @@ func (p *period) slotInLocked(now time.Duration, cfg *Config) time.Duration {
 // startProbeLocked admits a probe. The oldest of twice cfg.Probes is lost, or
 // there would be no slot: it is forgotten, and its verdict still counts.
 func (p *period) startProbeLocked(now time.Duration, cfg *Config) Ticket {
-	if len(p.probes) == 2*cfg.Probes {
-		p.probes = slices.Delete(p.probes, 0, 1)
+	if lost := len(p.probes) - 2*cfg.Probes + 1; lost > 0 {
+		p.probes = slices.Delete(p.probes, 0, lost)
 	}
 	p.started++
 	p.probes = append(p.probes, probe{number: p.started, start: p.notBeforeLocked(now)})

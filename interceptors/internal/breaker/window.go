@@ -17,10 +17,9 @@ import (
 // failed, when slow calls are counted at all (resilience4j too counts slow calls
 // in half-open).
 type Window struct {
-	cfg          Config
-	width        time.Duration // of a bucket
 	onTransition func(Transition)
 
+	cfg    atomic.Pointer[Config] // replaced under mu
 	period atomic.Pointer[period] // the current one; replaced under mu
 	mu     sync.Mutex
 }
@@ -29,15 +28,41 @@ type Window struct {
 // transition by the call that caused it, outside of all locks; calls for
 // successive transitions may overlap.
 func New(cfg Config, onTransition func(Transition)) *Window {
-	cfg.MaxSleepWindow = max(cfg.MaxSleepWindow, cfg.SleepWindow)
-	w := &Window{
-		cfg:          cfg,
-		width:        (cfg.Window + buckets - 1) / buckets,
-		onTransition: onTransition,
-	}
-	w.period.Store(&period{state: Closed})
+	w := &Window{onTransition: onTransition}
+	w.cfg.Store(cfg.complete())
+	w.period.Store(&period{state: Closed, width: cfg.width()})
 	return w
 }
+
+// Set changes the configuration. State, results and probes are kept, and are judged by
+// the new one from the next result on; only another Window begins an empty one, in
+// which results of calls from before do not count. An open breaker sleeps as long as
+// the new one allows.
+func (w *Window) Set(cfg Config, now time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.cfg.Store(cfg.complete())
+	switch p := w.period.Load(); {
+	case p.state == Closed && p.width != cfg.width():
+		w.period.Store(&period{state: Closed, start: max(now, p.start), width: cfg.width()})
+	case p.state == Open:
+		w.period.Store(&period{state: Open, start: p.start, sleep: w.sleep(p.sleep)})
+	}
+}
+
+// sleep is the sleep window nearest to d that the configuration allows.
+func (w *Window) sleep(d time.Duration) time.Duration {
+	cfg := w.cfg.Load()
+	return min(max(d, cfg.SleepWindow), cfg.MaxSleepWindow)
+}
+
+func (c Config) complete() *Config {
+	c.MaxSleepWindow = max(c.MaxSleepWindow, c.SleepWindow)
+	return &c
+}
+
+// width is that of a bucket.
+func (c *Config) width() time.Duration { return (c.Window + buckets - 1) / buckets }
 
 // Ready implements Breaker. It changes nothing.
 func (w *Window) Ready(now time.Duration) (retryAfter time.Duration, ok bool) {
@@ -80,7 +105,7 @@ func (w *Window) acquireProbe(now time.Duration) (t Ticket, retryAfter time.Dura
 		done = w.switchLocked(now, HalfOpen, SleepWindow)
 	}
 	if p := w.period.Load(); p.state == HalfOpen {
-		t = p.startProbeLocked(now, &w.cfg)
+		t = p.startProbeLocked(now, w.cfg.Load())
 	} else {
 		t = Ticket{period: p} // closed since Acquire looked
 	}
@@ -91,7 +116,7 @@ func (w *Window) acquireProbe(now time.Duration) (t Ticket, retryAfter time.Dura
 
 // Done implements Breaker.
 func (w *Window) Done(t Ticket, now time.Duration, r Result, slow bool) {
-	slow = slow && w.cfg.SlowPercent > 0
+	slow = slow && w.cfg.Load().SlowPercent > 0
 	switch {
 	case t.Probe():
 		w.verdict(t, now, r, slow)
@@ -103,9 +128,9 @@ func (w *Window) Done(t Ticket, now time.Duration, r Result, slow bool) {
 // record counts the result of a call that began in the closed period p.
 func (w *Window) record(p *period, now time.Duration, r Result, slow bool) {
 	n := p.newest.Load()
-	if now-p.start >= time.Duration(n+1)*w.width {
+	if now-p.start >= time.Duration(n+1)*p.width {
 		w.mu.Lock()
-		p.advanceLocked(now, w.width)
+		p.advanceLocked(now)
 		w.mu.Unlock()
 		n = p.newest.Load()
 	}
@@ -128,13 +153,13 @@ func (w *Window) record(p *period, now time.Duration, r Result, slow bool) {
 
 // evaluate opens the breaker if the window of the closed period p says so.
 func (w *Window) evaluate(p *period, now time.Duration) {
-	if _, tripped := p.tripped(&w.cfg); !tripped {
+	if _, tripped := p.tripped(w.cfg.Load()); !tripped {
 		return
 	}
 	var done Transition
 	w.mu.Lock()
 	// Again: another call may have opened it, long ago even, or moved the window on.
-	if cause, tripped := p.tripped(&w.cfg); tripped && w.period.Load() == p {
+	if cause, tripped := p.tripped(w.cfg.Load()); tripped && w.period.Load() == p {
 		done = w.switchLocked(now, Open, cause)
 	}
 	w.mu.Unlock()
@@ -152,7 +177,7 @@ func (w *Window) verdict(t Ticket, now time.Duration, r Result, slow bool) {
 		case r.failed() || slow:
 			done = w.switchLocked(now, Open, ProbeFailure)
 		default:
-			if p.successes++; p.successes >= w.cfg.Probes {
+			if p.successes++; p.successes >= w.cfg.Load().Probes {
 				done = w.switchLocked(now, Closed, ProbeSuccess)
 			}
 		}
@@ -166,8 +191,11 @@ func (w *Window) Stats(now time.Duration) Stats {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	p := w.period.Load()
-	p.advanceLocked(now, w.width)
-	requests, failures, _ := p.sum()
+	var requests, failures uint64
+	if p.state == Closed {
+		p.advanceLocked(now)
+		requests, failures, _ = p.sum()
+	}
 	return Stats{
 		Engine:     "window",
 		State:      p.state,
@@ -189,7 +217,7 @@ func (w *Window) retryAfterLocked(now time.Duration) time.Duration {
 	case Open:
 		return p.sleepLeft(now)
 	case HalfOpen:
-		return p.slotInLocked(now, &w.cfg)
+		return p.slotInLocked(now, w.cfg.Load())
 	default:
 		return 0
 	}
@@ -200,8 +228,10 @@ func (w *Window) switchLocked(now time.Duration, to State, cause Cause) Transiti
 	old := w.period.Load()
 	p := &period{state: to, start: max(now, old.start)}
 	switch to {
+	case Closed:
+		p.width = w.cfg.Load().width()
 	case Open:
-		p.sleep = min(max(2*old.sleep, w.cfg.SleepWindow), w.cfg.MaxSleepWindow)
+		p.sleep = w.sleep(2 * old.sleep)
 	case HalfOpen:
 		p.sleep = old.sleep
 	}

@@ -52,9 +52,26 @@ func (b *bucket) delay(now time.Duration, ahead int) time.Duration {
 }
 
 func (b *bucket) available(now time.Duration) float64 {
+	return b.left(b.full.Load(), now)
+}
+
+// left is what there is in the bucket at now, if it is full at the time full.
+func (b *bucket) left(full uint64, now time.Duration) float64 {
 	t := units(now)
-	used := max(b.full.Load(), t) - t
+	used := max(full, t) - t
 	return float64(b.capacity-min(used, b.capacity)) / float64(b.interval)
+}
+
+// never is when a closed bucket is full: in five years, and no token comes before.
+const never = math.MaxUint64 / 2
+
+func (b *bucket) close(now time.Duration) float64 {
+	return b.left(b.full.Swap(never), now)
+}
+
+func (b *bucket) open(now time.Duration, permissions float64) {
+	had := min(uint64(min(permissions*float64(b.interval), float64(b.capacity))), b.capacity)
+	b.full.Store(units(now) + b.capacity - had)
 }
 
 func (b *bucket) idle(now time.Duration) bool { return b.full.Load() <= units(now) }

@@ -4,7 +4,7 @@ import "time"
 
 // TakeAsIfNobodyWaited is the second half of Take, for a call that was
 // descheduled in the middle of it.
-func (r *Rate) TakeAsIfNobodyWaited(now time.Duration) bool { return r.source.take(now) }
+func (r *Rate) TakeAsIfNobodyWaited(now time.Duration) bool { return r.take(now) }
 
 // Locked reports whether somebody holds the lock.
 func (r *Rate) Locked() bool {

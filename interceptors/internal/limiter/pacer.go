@@ -26,6 +26,7 @@ type pacer struct {
 	limiter ratelimit.Limiter
 	clock   pacerClock
 	begun   bool
+	closed  bool
 	next    time.Duration // of the reservation in hand, once begun
 	skipped time.Duration // is added to the times of the limiter
 }
@@ -50,6 +51,8 @@ func (p *pacer) take(now time.Duration) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch {
+	case p.closed:
+		return false
 	case !p.begun: // the first call is alone
 		p.begun = true
 		p.reserveLocked(now)
@@ -87,6 +90,25 @@ func (p *pacer) available(now time.Duration) float64 {
 		return 0
 	}
 	return 1
+}
+
+// close's permissions are the call that is due and the early ones, or the part of an
+// interval that has passed.
+func (p *pacer) close(now time.Duration) float64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
+	if !p.begun {
+		return 1
+	}
+	return 1 + float64(max(min(now-p.next, p.slack), -p.interval))/float64(p.interval)
+}
+
+// open begins the schedule with a reservation.
+func (p *pacer) open(now time.Duration, permissions float64) {
+	early := min(math.Floor((permissions-1)*float64(p.interval)), float64(p.slack))
+	p.begun = true
+	p.reserveLocked(now - time.Duration(early))
 }
 
 // idle: what a pause can give is all there. A new pacer gives less, its first call

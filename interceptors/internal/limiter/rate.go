@@ -3,6 +3,7 @@ package limiter
 import (
 	"container/list"
 	"context"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,13 +14,31 @@ import (
 // overtake them. A Rate is safe for concurrent use and holds no goroutine. Time
 // that goes backwards admits no call too many.
 type Rate struct {
-	source  source
-	maxWait time.Duration
-	precise bool // waits end to 0.1 ms, where that can be had
-
-	waiting atomic.Int64 // queue.Len(), for readers without the lock
+	limit   atomic.Pointer[limit] // the one in force; replaced under mu
+	waiting atomic.Int64          // queue.Len(), for readers without the lock
 	mu      sync.Mutex
-	queue   list.List // of chan struct{}, which is closed when its waiter becomes the head; guarded by mu
+	queue   list.List // of *waiter; guarded by mu
+}
+
+// limit is what a Rate decides by, until Become replaces it.
+type limit struct {
+	source   source
+	maxWait  time.Duration
+	precise  bool        // waits end to 0.1 ms, where that can be had
+	replaced atomic.Bool // is being replaced: what the source says does not count
+}
+
+// waiter is a call in the queue.
+type waiter struct {
+	wake  chan struct{} // has room for one: it is the head now, or something has changed
+	until time.Duration // when its max wait or its deadline is over
+}
+
+func (w *waiter) rouse() {
+	select {
+	case w.wake <- struct{}{}:
+	default: // it has not seen the last one
+	}
 }
 
 // source is what calls take their permission from; it is safe for concurrent use.
@@ -32,31 +51,97 @@ type source interface {
 	available(now time.Duration) float64
 	// idle reports whether a new source would decide the same, or be stricter.
 	idle(now time.Duration) bool
+	// close ends the source: it returns the permissions that there are at now, and
+	// from then on there are none.
+	close(now time.Duration) float64
+	// open makes a new source begin with these permissions at now, or as many as it
+	// can hold.
+	open(now time.Duration, permissions float64)
 }
 
 // NewBucket returns a token bucket that is full: rate in calls per second, 0.001
 // to 1e7; burst 1 to 1e7; burst/rate at most 30 days; maxWait 0: Wait refuses at
 // once. No span w sees more than rate*w + burst + 1 calls.
 func NewBucket(rate float64, burst int, maxWait time.Duration) *Rate {
-	return &Rate{source: newBucket(rate, burst), maxWait: maxWait}
+	return newRate(&limit{source: newBucket(rate, burst), maxWait: maxWait})
 }
 
 // NewPacer returns a limit that spaces calls 1/rate apart: rate in calls per
 // second, 0.001 to 1e6; after a pause up to slack of them may come early, 0 to 1e7,
 // slack/rate at most 30 days; maxWait as in NewBucket.
 func NewPacer(rate float64, slack int, maxWait time.Duration) *Rate {
-	return &Rate{source: newPacer(rate, slack), maxWait: maxWait, precise: true}
+	return newRate(&limit{source: newPacer(rate, slack), maxWait: maxWait, precise: true})
+}
+
+func newRate(l *limit) *Rate {
+	r := new(Rate)
+	r.limit.Store(l)
+	return r
+}
+
+// Become gives the limit the rate, burst, max wait and kind of next, which is new
+// and not used again. Permissions that are there at now are kept, up to the new
+// burst, a part of one too. Calls that wait keep their place and their own max wait;
+// those whose turn would now come later than that are refused at once.
+func (r *Rate) Become(next *Rate, now time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	old, l := r.limit.Load(), next.limit.Load()
+	old.replaced.Store(true) // before it is closed
+	l.source.open(now, old.source.close(now))
+	r.limit.Store(l)
+	ahead := 0
+	for e := r.queue.Front(); e != nil; e = e.Next() {
+		w := e.Value.(*waiter)
+		if late := now+l.source.delay(now, ahead) > w.until; !late {
+			ahead++
+		} else {
+			w.rouse()
+		}
+	}
+	r.rouseHeadLocked()
+}
+
+func (r *Rate) rouseHeadLocked() {
+	if head := r.queue.Front(); head != nil {
+		head.Value.(*waiter).rouse()
+	}
 }
 
 // Take takes a permission if there is one and nobody waits. It does not allocate.
 func (r *Rate) Take(now time.Duration) bool {
-	return r.waiting.Load() == 0 && r.source.take(now)
+	return r.waiting.Load() == 0 && r.take(now)
+}
+
+func (r *Rate) take(now time.Duration) bool {
+	for {
+		l := r.limit.Load()
+		if l.source.take(now) {
+			return true
+		}
+		if !l.replaced.Load() {
+			return false
+		}
+		runtime.Gosched() // the other is in force in a matter of nanoseconds
+	}
+}
+
+// delay may be called with the lock: then no limit is being replaced.
+func (r *Rate) delay(now time.Duration, ahead int) time.Duration {
+	for {
+		l := r.limit.Load()
+		d := l.source.delay(now, ahead)
+		if !l.replaced.Load() {
+			return d
+		}
+		runtime.Gosched()
+	}
 }
 
 // RetryAfter is the time until a permission is there for a newcomer, behind those
 // who wait now; at least 1ns, since it is asked after Take has failed.
 func (r *Rate) RetryAfter(now time.Duration) time.Duration {
-	return max(1, r.source.delay(now, int(r.waiting.Load())))
+	return max(1, r.delay(now, int(r.waiting.Load())))
 }
 
 // Wait waits for a permission after Take has failed. A call whose turn would come
@@ -64,11 +149,10 @@ func (r *Rate) RetryAfter(now time.Duration) time.Duration {
 // nothing; so at most burst + rate*maxWait calls wait. clock is the time
 // that Take is given; it must run as fast as the timers of package time do.
 //
-// Only the head of the queue holds a timer. As all wait equally long at most,
-// its limit is the earliest, and whoever becomes head later is still within
-// their own.
+// Only the head of the queue holds a timer: the turn of each is known when it comes,
+// and known anew when the limit changes.
 func (r *Rate) Wait(ctx context.Context, clock func() time.Duration) Verdict {
-	if r.maxWait <= 0 {
+	if r.limit.Load().maxWait <= 0 {
 		return Refused
 	}
 	if ctx.Err() != nil {
@@ -77,29 +161,41 @@ func (r *Rate) Wait(ctx context.Context, clock func() time.Duration) Verdict {
 	deadline, ok := ctx.Deadline() // not under the lock: it may panic
 	r.mu.Lock()
 	now := clock()
-	turn := r.source.delay(now, r.queue.Len())
-	if turn > r.maxWait || ok && turn > time.Until(deadline) {
+	w := &waiter{wake: make(chan struct{}, 1), until: now + r.limit.Load().maxWait}
+	if ok {
+		w.until = min(w.until, now+time.Until(deadline))
+	}
+	if now+r.delay(now, r.queue.Len()) > w.until {
 		r.mu.Unlock()
 		return Refused
 	}
-	head := make(chan struct{})
-	place := r.queue.PushBack(head)
+	place := r.queue.PushBack(w)
 	r.waiting.Add(1)
 	if place == r.queue.Front() {
-		close(head)
+		w.rouse()
 	}
 	r.mu.Unlock()
 	defer r.leave(place)
 
 	select {
-	case <-head:
-		return r.waitAsHead(ctx, clock, now+r.maxWait)
+	case <-w.wake:
 	case <-ctx.Done():
 		return Ended
 	}
+	if !r.heads(place) {
+		return TimedOut // the limit has changed
+	}
+	return r.waitAsHead(ctx, clock, w)
 }
 
-// waitAsHead waits until limit. The permission is taken when its time has come and
+// heads reports whether a waiter is the head of the queue.
+func (r *Rate) heads(place *list.Element) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return place == r.queue.Front()
+}
+
+// waitAsHead waits for the permission. It is taken when its time has come and
 // not before, so that a head which leaves has nothing to give back. It may find it
 // gone: a call that saw an empty queue can be slow to take.
 //
@@ -107,28 +203,28 @@ func (r *Rate) Wait(ctx context.Context, clock func() time.Duration) Verdict {
 // taken as of when it was due. That is never before the last call was
 // admitted, so it adds at most the first call to what a span may see: the + 1 of
 // the promise.
-func (r *Rate) waitAsHead(ctx context.Context, clock func() time.Duration, limit time.Duration) Verdict {
+func (r *Rate) waitAsHead(ctx context.Context, clock func() time.Duration, w *waiter) Verdict {
 	for due := clock(); ctx.Err() == nil; {
 		now := clock()
-		delay := r.source.delay(now, 0)
-		if delay == 0 && r.source.take(due) {
+		delay := r.delay(now, 0)
+		if delay == 0 && r.take(min(due, now)) { // it is not due yet if it was roused
 			return Admitted
 		}
-		if now+delay > limit {
+		if now+delay > w.until {
 			return TimedOut
 		}
 		due = now + delay
-		rest(ctx, delay, r.precise && clock() > now)
+		rest(ctx, delay, r.limit.Load().precise && clock() > now, w.wake)
 	}
 	return Ended
 }
 
-// rest waits for about d, or less if ctx ends. An idle process serves timers up to
+// rest waits for about d, or less if ctx ends or something comes from wake. An idle process serves timers up to
 // 1 ms late, since the runtime's poller counts in whole milliseconds, which is five
 // intervals at 5,000 calls per second. So the last millisecond of a precise rest is
-// a nap, during which ctx is not seen. Where time stands still between two looks at
+// a nap, during which neither is seen. Where time stands still between two looks at
 // it (testing/synctest), it moves for timers alone, and no rest is precise.
-func rest(ctx context.Context, d time.Duration, precise bool) {
+func rest(ctx context.Context, d time.Duration, precise bool, wake <-chan struct{}) {
 	const last = time.Millisecond
 	if precise && d > last {
 		d -= last
@@ -139,6 +235,7 @@ func rest(ctx context.Context, d time.Duration, precise bool) {
 	defer timer.Stop()
 	select {
 	case <-timer.C:
+	case <-wake:
 	case <-ctx.Done():
 	}
 }
@@ -150,19 +247,21 @@ func (r *Rate) leave(place *list.Element) {
 	wasHead := place == r.queue.Front()
 	r.queue.Remove(place)
 	r.waiting.Add(-1)
-	if next := r.queue.Front(); wasHead && next != nil {
-		close(next.Value.(chan struct{}))
+	if wasHead {
+		r.rouseHeadLocked()
 	}
 }
 
 // Stats returns the permissions available at now, fractions of a bucket's tokens
 // included, and the number of calls that wait.
 func (r *Rate) Stats(now time.Duration) (available float64, waiting int) {
-	return r.source.available(now), int(r.waiting.Load())
+	r.mu.Lock() // or the limit may be closed
+	defer r.mu.Unlock()
+	return r.limit.Load().source.available(now), r.queue.Len()
 }
 
 // Idle reports whether nobody waits and a new limit would decide the same, or,
 // with pacing, be stricter: the first call of a new one is alone.
 func (r *Rate) Idle(now time.Duration) bool {
-	return r.source.idle(now) && r.waiting.Load() == 0
+	return r.limit.Load().source.idle(now) && r.waiting.Load() == 0
 }

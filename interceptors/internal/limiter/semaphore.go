@@ -12,13 +12,14 @@ import (
 // served; newcomers never overtake them. It is safe for concurrent use and holds
 // no goroutine.
 type Semaphore struct {
-	limit    int64
-	maxQueue int
-	maxWait  time.Duration
+	limit    atomic.Int64
+	maxQueue atomic.Int64
+	maxWait  time.Duration // guarded by mu
 
-	// While calls wait, this is the limit: who queues has seen it under mu, and it
-	// goes down under mu only, when nobody waits. So newcomers need not look.
+	// Who waits is in waiting before it looks for a place for the last time, and who
+	// gives one back looks at waiting after that: one of the two sees the other.
 	inFlight atomic.Int64
+	waiting  atomic.Int64 // queue.Len()
 	mu       sync.Mutex
 	queue    list.List // of chan struct{}, which is closed when its waiter gets a place; guarded by mu
 }
@@ -27,16 +28,33 @@ type Semaphore struct {
 // counted; maxQueue 0: nobody waits; maxWait 0: a call waits until its context
 // ends.
 func NewSemaphore(limit, maxQueue int, maxWait time.Duration) *Semaphore {
-	return &Semaphore{limit: int64(limit), maxQueue: maxQueue, maxWait: maxWait}
+	s := new(Semaphore)
+	s.Set(limit, maxQueue, maxWait)
+	return s
+}
+
+// Set changes what NewSemaphore was given. A higher limit admits at once those who
+// wait for it; a lower one ends no call: none is admitted until fewer are in flight.
+// Calls that wait go on waiting, as long as they would have.
+func (s *Semaphore) Set(limit, maxQueue int, maxWait time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.limit.Store(int64(limit))
+	s.maxQueue.Store(int64(maxQueue))
+	s.maxWait = maxWait
+	s.admitLocked()
 }
 
 // TryAcquire takes a place if there is one and nobody waits. It takes no lock and
-// does not allocate. Adding first and undoing what was too much would make others
-// fail that have a place: hence the loop.
-func (s *Semaphore) TryAcquire() bool {
+// does not allocate.
+func (s *Semaphore) TryAcquire() bool { return s.waiting.Load() == 0 && s.take() }
+
+// take takes a place if there is one. Adding first and undoing what was too much would
+// make others fail that have a place: hence the loop.
+func (s *Semaphore) take() bool {
 	for {
 		n := s.inFlight.Load()
-		if s.limit > 0 && n >= s.limit {
+		if limit := s.limit.Load(); limit > 0 && n >= limit {
 			return false
 		}
 		if s.inFlight.CompareAndSwap(n, n+1) {
@@ -48,28 +66,29 @@ func (s *Semaphore) TryAcquire() bool {
 // Acquire waits for a place after TryAcquire has failed. When the turn comes is
 // unknown, so a deadline of ctx is waited for.
 func (s *Semaphore) Acquire(ctx context.Context) Verdict {
-	if s.maxQueue == 0 {
+	if s.maxQueue.Load() == 0 {
 		return Refused
 	}
 	if ctx.Err() != nil {
 		return Ended
 	}
+	turn := make(chan struct{})
 	s.mu.Lock()
-	if s.TryAcquire() {
-		s.mu.Unlock()
-		return Admitted
+	place := s.queue.PushBack(turn)
+	s.waiting.Add(1)
+	s.admitLocked() // a place may have come since TryAcquire
+	maxWait, full := s.maxWait, s.waiting.Load() > s.maxQueue.Load()
+	if full {
+		s.leaveLocked(turn, place)
 	}
-	if s.queue.Len() >= s.maxQueue {
-		s.mu.Unlock()
+	s.mu.Unlock()
+	if full {
 		return Refused
 	}
-	turn := make(chan struct{})
-	place := s.queue.PushBack(turn)
-	s.mu.Unlock()
 
 	var timeout <-chan time.Time
-	if s.maxWait > 0 {
-		timer := time.NewTimer(s.maxWait)
+	if maxWait > 0 {
+		timer := time.NewTimer(maxWait)
 		defer timer.Stop()
 		timeout = timer.C
 	}
@@ -85,37 +104,42 @@ func (s *Semaphore) Acquire(ctx context.Context) Verdict {
 	}
 }
 
-// leave takes a waiter out of the queue. If it was handed a place at the same
-// moment, the place goes to the next.
 func (s *Semaphore) leave(turn chan struct{}, place *list.Element) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.leaveLocked(turn, place)
+}
+
+// leaveLocked takes a waiter out of the queue. If it was handed a place at the same
+// moment, the place goes to the next.
+func (s *Semaphore) leaveLocked(turn chan struct{}, place *list.Element) {
 	select {
 	case <-turn:
-		s.releaseLocked()
+		s.inFlight.Add(-1)
+		s.admitLocked()
 	default:
 		s.queue.Remove(place)
+		s.waiting.Add(-1)
 	}
 }
 
-// Release gives the place of a call back, once per call admitted: to the head of
-// the queue, if there is one.
+// Release gives the place of a call back, once per call admitted, and lets those who
+// wait have it.
 func (s *Semaphore) Release() {
-	if s.maxQueue == 0 {
-		s.inFlight.Add(-1)
-		return
+	s.inFlight.Add(-1)
+	if s.waiting.Load() > 0 {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.admitLocked()
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.releaseLocked()
 }
 
-func (s *Semaphore) releaseLocked() {
-	if head := s.queue.Front(); head != nil {
+// admitLocked admits from the head of the queue as many as there are places for.
+func (s *Semaphore) admitLocked() {
+	for head := s.queue.Front(); head != nil && s.take(); head = s.queue.Front() {
 		close(s.queue.Remove(head).(chan struct{}))
-		return
+		s.waiting.Add(-1)
 	}
-	s.inFlight.Add(-1)
 }
 
 // InFlight returns the number of calls in flight, without a lock.

@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
 	"math/rand/v2"
 	"reflect"
@@ -121,11 +122,13 @@ func TestEffectiveAgainstModel(t *testing.T) {
 		for _, method := range methods {
 			var merged resiliencev1.MethodPolicy
 			names := make(map[string]string) // of the rule that gave the field
+			mostSpecific := ""
 			for _, pattern := range matching(method) {
 				for _, rule := range rules {
 					if !slices.Contains(rule.Methods, pattern) {
 						continue
 					}
+					mostSpecific = cmp.Or(mostSpecific, pattern)
 					for i := range rule.ProtoReflect().Descriptor().Fields().Len() {
 						field := rule.ProtoReflect().Descriptor().Fields().Get(i)
 						if !rule.ProtoReflect().Has(field) || merged.ProtoReflect().Has(field) {
@@ -144,7 +147,7 @@ func TestEffectiveAgainstModel(t *testing.T) {
 			want := NewTable([]*resiliencev1.MethodPolicy{&merged}).Effective(method)
 			got := table.Effective(method)
 			if want != nil && got != nil {
-				want.Rule = names["methods"]
+				want.Pattern, want.Rule = mostSpecific, names["methods"]
 				if want.MinimumBudget > 0 {
 					want.BudgetRule = names["minimum_budget"]
 				}

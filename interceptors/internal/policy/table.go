@@ -15,22 +15,19 @@ import (
 // Table is one side's rules, indexed by pattern. It is immutable and safe for
 // concurrent use.
 type Table struct {
+	rules    []*resiliencev1.MethodPolicy
 	exact    map[string]*entry // by "/pkg.Service/Method"
 	services map[string]*entry // by "/pkg.Service/"
 	star     *entry            // nil: no rule for "*"
-
-	// What applies, made once: to the methods that an exact pattern names, to the
-	// others of a service, to all others.
-	byMethod  map[string]*Effective
-	byService map[string]*Effective
-	byStar    *Effective
 }
 
 // entry is one pattern of a rule.
 type entry struct {
-	rule *resiliencev1.MethodPolicy
-	name string // the rule's name, by default the pattern
-	id   int    // number of the rule, from 1
+	rule    *resiliencev1.MethodPolicy
+	pattern string
+	name    string     // the rule's name, by default the pattern
+	id      int        // number of the rule, from 1
+	applies *Effective // to the methods for which this pattern is the most specific one; nil: nothing
 }
 
 // NewTable indexes the rules of one side, which Validate has accepted. It keeps
@@ -39,8 +36,9 @@ func NewTable(rules []*resiliencev1.MethodPolicy) *Table {
 	t := &Table{exact: make(map[string]*entry), services: make(map[string]*entry)}
 	for i, rule := range rules {
 		rule = proto.CloneOf(rule)
+		t.rules = append(t.rules, rule)
 		for _, pattern := range rule.GetMethods() {
-			e := &entry{rule: rule, name: rule.GetName(), id: i + 1}
+			e := &entry{rule: rule, pattern: pattern, name: rule.GetName(), id: i + 1}
 			if e.name == "" {
 				e.name = pattern
 			}
@@ -53,16 +51,14 @@ func NewTable(rules []*resiliencev1.MethodPolicy) *Table {
 			}
 		}
 	}
-	t.byMethod = make(map[string]*Effective, len(t.exact))
-	for method := range t.exact {
-		t.byMethod[method] = t.effective(method)
+	for method, e := range t.exact {
+		e.applies = t.effective(method)
 	}
-	t.byService = make(map[string]*Effective, len(t.services))
-	for service := range t.services {
-		t.byService[service] = t.effective(service)
+	for service, e := range t.services {
+		e.applies = t.effective(service)
 	}
 	if t.star != nil {
-		t.byStar = t.effective("")
+		t.star.applies = t.effective("")
 	}
 	return t
 }
@@ -81,16 +77,52 @@ func (t *Table) Names(method string) bool {
 // ("/pkg.Service/Method"), or nil if nothing does: no rule matches, or every
 // block is absent or switched off. Any string is a valid argument.
 func (t *Table) Effective(method string) *Effective {
-	service := method[:strings.LastIndexByte(method, '/')+1]
-	switch {
-	case t.exact[method] != nil:
-		return t.byMethod[method]
-	case t.services[service] != nil:
-		return t.byService[service]
-	case strings.HasPrefix(method, "/grpc."):
+	if e := t.exact[method]; e != nil {
+		return e.applies
+	}
+	if e := t.services[method[:strings.LastIndexByte(method, '/')+1]]; e != nil {
+		return e.applies
+	}
+	if t.star == nil || strings.HasPrefix(method, "/grpc.") {
 		return nil
 	}
-	return t.byStar
+	return t.star.applies
+}
+
+// Of returns what applies to the methods for which a pattern is the most specific one;
+// nil if that is nothing, or the table does not have the pattern.
+func (t *Table) Of(pattern string) *Effective {
+	if e := t.entry(pattern); e != nil {
+		return e.applies
+	}
+	return nil
+}
+
+// Predecessors tells which rule of an earlier table each rule goes on from, by their
+// numbers (see RateLimit.Shared): the one that had one of its patterns. Rules may be
+// moved, renamed and given more patterns; one that is split goes on in the first part.
+func (t *Table) Predecessors(earlier *Table) map[int]int {
+	from, taken := map[int]int{}, map[int]bool{}
+	for i, rule := range t.rules {
+		for _, pattern := range rule.GetMethods() {
+			if e := earlier.entry(pattern); e != nil && !taken[e.id] {
+				from[i+1], taken[e.id] = e.id, true
+				break
+			}
+		}
+	}
+	return from
+}
+
+// entry returns that of a pattern, nil if the table does not have it.
+func (t *Table) entry(pattern string) *entry {
+	switch service, several := strings.CutSuffix(pattern, "*"); {
+	case !several:
+		return t.exact[pattern]
+	case service != "":
+		return t.services[service]
+	}
+	return t.star
 }
 
 // Covers reports whether something applies to any method that a pattern, for
@@ -103,15 +135,15 @@ func (t *Table) Covers(pattern string) bool {
 	if !several {
 		return false
 	}
-	covers := func(applies map[string]*Effective) bool {
-		for name, eff := range applies {
-			if eff != nil && strings.HasPrefix(name, prefix) && (prefix != "" || !strings.HasPrefix(name, "/grpc.")) {
+	covers := func(entries map[string]*entry) bool {
+		for name, e := range entries {
+			if e.applies != nil && strings.HasPrefix(name, prefix) && (prefix != "" || !strings.HasPrefix(name, "/grpc.")) {
 				return true
 			}
 		}
 		return false
 	}
-	return covers(t.byMethod) || covers(t.byService)
+	return covers(t.exact) || covers(t.services)
 }
 
 // effective applies inheritance and defaults to a method, or to all methods of a
@@ -133,6 +165,7 @@ func (t *Table) effective(method string) *Effective {
 	}
 
 	e := Effective{
+		Pattern:       chain[0].pattern,
 		Rule:          chain[0].name,
 		Timeout:       inheritDuration(chain, (*resiliencev1.MethodPolicy).GetTimeout),
 		StreamTimeout: inheritDuration(chain, (*resiliencev1.MethodPolicy).GetStreamTimeout),
@@ -149,7 +182,7 @@ func (t *Table) effective(method string) *Effective {
 	if c, from := inherit(chain, (*resiliencev1.MethodPolicy).GetConcurrencyLimit); c != nil && !c.GetDisabled() {
 		e.Concurrency = newConcurrency(c, from)
 	}
-	if e == (Effective{Rule: e.Rule}) {
+	if e == (Effective{Pattern: e.Pattern, Rule: e.Rule}) {
 		return nil
 	}
 	return &e
@@ -172,7 +205,8 @@ func inheritDuration(chain []*entry, field func(*resiliencev1.MethodPolicy) *dur
 
 // Effective is what applies to one method, inheritance and defaults applied.
 type Effective struct {
-	Rule          string        // name, by default the pattern, of the most specific rule
+	Pattern       string        // the most specific one
+	Rule          string        // the name of its rule, by default the pattern
 	Timeout       time.Duration // unary calls; 0: none
 	StreamTimeout time.Duration // 0: none
 	MinimumBudget time.Duration // 0: none

@@ -27,8 +27,8 @@ func (e *Effective) String() string {
 	if e == nil {
 		return "nil"
 	}
-	return fmt.Sprintf("{%s %v %v %v %s %+v %+v %+v}",
-		e.Rule, e.Timeout, e.StreamTimeout, e.MinimumBudget, e.BudgetRule, e.Breaker, e.RateLimit, e.Concurrency)
+	return fmt.Sprintf("{%s %s %v %v %v %s %+v %+v %+v}",
+		e.Pattern, e.Rule, e.Timeout, e.StreamTimeout, e.MinimumBudget, e.BudgetRule, e.Breaker, e.RateLimit, e.Concurrency)
 }
 
 func TestEffectiveDefaults(t *testing.T) {
@@ -39,7 +39,7 @@ func TestEffectiveDefaults(t *testing.T) {
       concurrency_limit: {max_streams: 7}
 `)
 	want := &Effective{
-		Rule: "/a.B/C",
+		Pattern: "/a.B/C", Rule: "/a.B/C",
 		Breaker: &Breaker{
 			Rule: "/a.B/C", ErrorPercent: 50, RequestVolume: 20, Probes: 1, SlowPercent: 100,
 			Window: 10 * time.Second, SleepWindow: 5 * time.Second, MaxSleepWindow: 5 * time.Second,
@@ -72,12 +72,15 @@ func TestEffectiveEveryField(t *testing.T) {
 	}
 	table := NewTable(p.Client.Rules)
 	for _, method := range []string{"/a.B/C", "/a.B/D", "/a.B/Other"} {
+		if want.Pattern = method; method == "/a.B/Other" {
+			want.Pattern = "/a.B/*"
+		}
 		if got := table.Effective(method); !reflect.DeepEqual(got, want) {
 			t.Errorf("%s:\ngot  %v\nwant %v", method, got, want)
 		}
 	}
 	want = &Effective{
-		Rule:        "*",
+		Pattern: "*", Rule: "*",
 		RateLimit:   &RateLimit{Rule: "*", External: "redis"},
 		Concurrency: &Concurrency{Rule: "*", MaxStreams: 9},
 	}
@@ -252,13 +255,13 @@ func TestCase30_StarNeverMatchesGRPC(t *testing.T) {
       rate_limit: {requests_per_second: 1}
 `)
 	want := &Effective{
-		Rule: "/grpc.health.v1.Health/Check", MinimumBudget: time.Millisecond, BudgetRule: "/grpc.health.v1.Health/*",
+		Pattern: "/grpc.health.v1.Health/Check", Rule: "/grpc.health.v1.Health/Check", MinimumBudget: time.Millisecond, BudgetRule: "/grpc.health.v1.Health/*",
 		RateLimit: &RateLimit{Rule: "/grpc.health.v1.Health/Check", Rate: 1, Burst: 1},
 	}
 	if got := named.Effective(want.Rule); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %v\nwant %v", got, want)
 	}
-	want = &Effective{Rule: "/grpc.health.v1.Health/*", MinimumBudget: time.Millisecond, BudgetRule: "/grpc.health.v1.Health/*"}
+	want = &Effective{Pattern: "/grpc.health.v1.Health/*", Rule: "/grpc.health.v1.Health/*", MinimumBudget: time.Millisecond, BudgetRule: "/grpc.health.v1.Health/*"}
 	if got := named.Effective("/grpc.health.v1.Health/Watch"); !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %v\nwant %v", got, want)
 	}
