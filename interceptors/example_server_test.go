@@ -218,6 +218,35 @@ func ExampleGuard_Draining() {
 }
 
 // exampleGuard is Parse and New.
+// A policy that has a mistake changes nothing; a good one changes living gates.
+func ExampleGuard_Reload() {
+	guard := exampleGuard("server: {rules: [{methods: ['*'], concurrency_limit: {max_in_flight: 1}}]}")
+	defer guard.Close()
+	conn := serveExample(rpctest.NewServer(&rpctest.Service{}, guard.ServerOptions()...))
+	defer conn.Close()
+	limit := func() int {
+		if _, err := rpctest.Call(context.Background(), conn, rpctest.Unary, ""); err != nil {
+			log.Fatal(err)
+		}
+		return guard.Snapshot().Methods[0].ConcurrencyLimit.Limit
+	}
+	fmt.Println(limit())
+
+	policy, err := interceptors.Parse("policy.yaml", []byte("server: {rules: [{methods: ['*'], concurrency_limit: {max_in_flight: 5}}]}"))
+	if err != nil {
+		log.Fatal(err)
+	}
+	if err := guard.Reload(policy); err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(limit())
+	fmt.Println(guard.Reload(nil), limit())
+	// Output:
+	// 1
+	// 5
+	// policy: found nil, allowed a policy 5
+}
+
 func exampleGuard(yaml string, opts ...interceptors.Option) *interceptors.Guard {
 	policy, err := interceptors.Parse("policy.yaml", []byte(yaml))
 	if err != nil {

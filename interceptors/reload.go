@@ -37,8 +37,9 @@ type reloads struct{ applied, rejected atomic.Uint64 }
 //
 // Calls that have begun keep their timeout, and end with the gates that they began
 // with. Reload may be called at any time, by a handler, too, and while the server drains;
-// several at once go one after the other. A nil policy is an empty one. On a closed or
-// nil guard it returns an error. Counted in resilience.config.reloads.
+// several at once go one after the other. A closed or nil guard returns an error; so does
+// a nil policy, where an empty one takes all rules away. Counted in
+// resilience.config.reloads.
 func (g *Guard) Reload(p *resiliencev1.Policy) error {
 	if err := g.usable(); err != nil {
 		return err

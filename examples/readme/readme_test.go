@@ -9,9 +9,11 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -180,6 +182,25 @@ func watch(guard *interceptors.Guard, stream shopv1.Orders_WatchServer, updates 
 	}
 }
 
+func reload(guard *interceptors.Guard) {
+	hangup := make(chan os.Signal, 1)
+	signal.Notify(hangup, syscall.SIGHUP)
+	for range hangup {
+		text, err := os.ReadFile("policy.yaml")
+		if err != nil {
+			log.Print(err)
+			continue
+		}
+		policy, err := interceptors.Parse("policy.yaml", text)
+		if err == nil {
+			err = guard.Reload(policy)
+		}
+		if err != nil {
+			log.Printf("the policy stays as it was:\n%v", err) // every mistake, with line and column
+		}
+	}
+}
+
 func chain(guard *interceptors.Guard, tracing stats.Handler, accessLog, authenticate grpc.UnaryServerInterceptor) *grpc.Server {
 	srv := grpc.NewServer(append(
 		[]grpc.ServerOption{
@@ -233,4 +254,4 @@ func TestBreakerOpens(t *testing.T) {
 	})
 }
 
-var _, _, _, _ = fourLines, place, watch, chain // called by readers only
+var _, _, _, _, _ = fourLines, place, watch, reload, chain // called by readers only

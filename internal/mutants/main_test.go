@@ -146,6 +146,39 @@ test: .
 	}
 }
 
+// A test that notices every other time is enough.
+func TestKilledAtTheSecondTry(t *testing.T) {
+	root := writeModules(t, func(files map[string]string) {
+		files["sum_test.go"] = `package sum
+
+import (
+	"os"
+	"testing"
+)
+
+func TestSum(t *testing.T) {
+	right := Sum(1, 2) == 3
+	if _, err := os.Stat("marker"); err == nil && !right {
+		t.Error("not 3")
+	}
+	if !right {
+		_ = os.WriteFile("marker", nil, 0o600)
+	}
+}
+`
+	})
+	out, err := applyList(t, root, `
+name: adds-nothing
+file: sum.go
+find#1: sum += n
+with: sum += 0 * n
+test: . -run ^TestSum$
+`)
+	if err != nil || !regexp.MustCompile(`(?m)^adds-nothing +killed +[0-9.]+ +TestSum$`).MatchString(out) {
+		t.Errorf("%v:\n%s", err, out)
+	}
+}
+
 func TestSurvived(t *testing.T) {
 	out, err := applyList(t, writeModules(t, nil), `
 name: unnoticed

@@ -347,6 +347,33 @@ func TestMetricsOfPanicsAndDrains(t *testing.T) {
 	o.scrape().expect(t, samples{inflight + of: 0, aborted + of: 1, drains + of: 1})
 }
 
+func TestMetricsOfReloads(t *testing.T) {
+	o := newObserved(t, "client: {rules: [{methods: ['*'], breaker: {}, concurrency_limit: {max_in_flight: 3}}]}")
+	of := func(result string) string {
+		return "resilience_config_reloads_total" + labels([]string{"rpc_system_name", "grpc", "result", result})
+	}
+	o.scrape().expect(t, samples{of("applied"): 0, of("rejected"): 0})
+	if err := o.call(rpctest.Unary, "fine"); err != nil {
+		t.Fatal(err)
+	}
+	p, err := interceptors.Parse("policy.yaml", []byte("client: {rules: [{methods: ['*'], concurrency_limit: {max_in_flight: 5}}]}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(o.guard.Reload(p), o.guard.Reload(p)); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.guard.Reload(nil); err == nil {
+		t.Error("no error")
+	}
+	o.scrape().expect(t, samples{
+		of("applied"): 2, of("rejected"): 1,
+		"resilience_concurrency_limit" + client(unary):                                     5,
+		"resilience_decisions_total" + client(unary, "kind", "all", "outcome", "admitted"): 1,
+		"resilience_breaker_state" + client(unary, "state", "closed"):                      -1,
+	})
+}
+
 // The names, the kinds and the labels of everything that there is.
 func TestMetricsAreTheOnesThatAreDocumented(t *testing.T) {
 	o := newObserved(t, `
@@ -386,6 +413,7 @@ server: {drain: {announce: 1m, grace: 1m}, rules: [{methods: ['*'], minimum_budg
 		"resilience_rate_available gauge":              method,
 		"resilience_wait_duration_seconds histogram":   "kind " + method,
 		"resilience_panics_total counter":              "rpc_system_name side",
+		"resilience_config_reloads_total counter":      "result rpc_system_name",
 		"resilience_drain_inflight gauge":              "rpc_system_name side",
 		"resilience_drain_duration_seconds histogram":  "rpc_system_name side",
 		"resilience_drain_aborted_total counter":       "rpc_system_name side",
