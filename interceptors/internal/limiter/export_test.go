@@ -14,3 +14,12 @@ func (r *Rate) Locked() bool {
 	r.mu.Unlock()
 	return false
 }
+
+// Close ends the limit that is in force, as Become does on its way.
+func (r *Rate) Close(now time.Duration) { r.limit.Load().source.close(now) }
+
+// Hold keeps the queue as it is until letGo.
+func (s *Semaphore) Hold() (letGo func()) {
+	s.mu.Lock()
+	return s.mu.Unlock
+}

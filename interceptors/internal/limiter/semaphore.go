@@ -13,7 +13,7 @@ import (
 // no goroutine.
 type Semaphore struct {
 	limit    atomic.Int64
-	maxQueue atomic.Int64
+	maxQueue int           // guarded by mu
 	maxWait  time.Duration // guarded by mu
 
 	// Who waits is in waiting before it looks for a place for the last time, and who
@@ -40,7 +40,7 @@ func (s *Semaphore) Set(limit, maxQueue int, maxWait time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.limit.Store(int64(limit))
-	s.maxQueue.Store(int64(maxQueue))
+	s.maxQueue = maxQueue
 	s.maxWait = maxWait
 	s.admitLocked()
 }
@@ -66,25 +66,23 @@ func (s *Semaphore) take() bool {
 // Acquire waits for a place after TryAcquire has failed. When the turn comes is
 // unknown, so a deadline of ctx is waited for.
 func (s *Semaphore) Acquire(ctx context.Context) Verdict {
-	if s.maxQueue.Load() == 0 {
-		return Refused
-	}
 	if ctx.Err() != nil {
 		return Ended
 	}
-	turn := make(chan struct{})
 	s.mu.Lock()
+	if s.queue.Len() >= s.maxQueue {
+		defer s.mu.Unlock()
+		if s.TryAcquire() { // Set may have made a place, and taken the queue away
+			return Admitted
+		}
+		return Refused
+	}
+	turn := make(chan struct{})
 	place := s.queue.PushBack(turn)
 	s.waiting.Add(1)
 	s.admitLocked() // a place may have come since TryAcquire
-	maxWait, full := s.maxWait, s.waiting.Load() > s.maxQueue.Load()
-	if full {
-		s.leaveLocked(turn, place)
-	}
+	maxWait := s.maxWait
 	s.mu.Unlock()
-	if full {
-		return Refused
-	}
 
 	var timeout <-chan time.Time
 	if maxWait > 0 {
@@ -104,15 +102,11 @@ func (s *Semaphore) Acquire(ctx context.Context) Verdict {
 	}
 }
 
+// leave takes a waiter out of the queue. If it was handed a place at the same
+// moment, the place goes to the next.
 func (s *Semaphore) leave(turn chan struct{}, place *list.Element) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.leaveLocked(turn, place)
-}
-
-// leaveLocked takes a waiter out of the queue. If it was handed a place at the same
-// moment, the place goes to the next.
-func (s *Semaphore) leaveLocked(turn chan struct{}, place *list.Element) {
 	select {
 	case <-turn:
 		s.inFlight.Add(-1)
