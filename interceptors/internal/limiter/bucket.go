@@ -62,16 +62,21 @@ func (b *bucket) left(full uint64, now time.Duration) float64 {
 	return float64(b.capacity-min(used, b.capacity)) / float64(b.interval)
 }
 
-// never is when a closed bucket is full: in five years, and no token comes before.
-const never = math.MaxUint64 / 2
+// never is when a closed bucket is full: so late that its first token, up to thirty days
+// before, is beyond the range, and early enough to add an interval.
+const never = math.MaxUint64 - 1<<56
 
-func (b *bucket) close(now time.Duration) float64 {
-	return b.left(b.full.Swap(never), now)
+// close knows that the last call came no earlier than when the bucket was empty.
+func (b *bucket) close(now time.Duration) (at time.Duration, permissions float64) {
+	full := b.full.Swap(never)
+	at = max(now, duration(full-min(full, b.capacity)))
+	return at, b.left(full, at)
 }
 
-func (b *bucket) open(now time.Duration, permissions float64) {
-	had := min(uint64(min(permissions*float64(b.interval), float64(b.capacity))), b.capacity)
-	b.full.Store(units(now) + b.capacity - had)
+// open rounds, so that who becomes the same again has not lost a part of a unit.
+func (b *bucket) open(at time.Duration, permissions float64) {
+	had := min(math.Round(permissions*float64(b.interval)), float64(b.capacity))
+	b.full.Store(units(at) + b.capacity - min(uint64(had), b.capacity))
 }
 
 func (b *bucket) idle(now time.Duration) bool { return b.full.Load() <= units(now) }

@@ -93,22 +93,23 @@ func (p *pacer) available(now time.Duration) float64 {
 }
 
 // close's permissions are the call that is due and the early ones, or the part of an
-// interval that has passed.
-func (p *pacer) close(now time.Duration) float64 {
+// interval that has passed since the last one was due.
+func (p *pacer) close(now time.Duration) (at time.Duration, permissions float64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.closed = true
 	if !p.begun {
-		return 1
+		return now, 1
 	}
-	return 1 + float64(max(min(now-p.next, p.slack), -p.interval))/float64(p.interval)
+	at = max(now, p.next-p.interval)
+	return at, 1 + float64(min(at-p.next, p.slack))/float64(p.interval)
 }
 
 // open begins the schedule with a reservation.
-func (p *pacer) open(now time.Duration, permissions float64) {
-	early := min(math.Floor((permissions-1)*float64(p.interval)), float64(p.slack))
+func (p *pacer) open(at time.Duration, permissions float64) {
+	early := min(math.Round((permissions-1)*float64(p.interval)), float64(p.slack))
 	p.begun = true
-	p.reserveLocked(now - time.Duration(early))
+	p.reserveLocked(at - time.Duration(early))
 }
 
 // idle: what a pause can give is all there. A new pacer gives less, its first call

@@ -51,12 +51,11 @@ type source interface {
 	available(now time.Duration) float64
 	// idle reports whether a new source would decide the same, or be stricter.
 	idle(now time.Duration) bool
-	// close ends the source: it returns the permissions that there are at now, and
-	// from then on there are none.
-	close(now time.Duration) float64
-	// open makes a new source begin with these permissions at now, or as many as it
-	// can hold.
-	open(now time.Duration, permissions float64)
+	// close ends the source: from then on there are no permissions. It returns how many
+	// there were, and when: at now, or at the last call if now is from before that.
+	close(now time.Duration) (at time.Duration, permissions float64)
+	// open makes a new source begin with these permissions, or as many as it can hold.
+	open(at time.Duration, permissions float64)
 }
 
 // NewBucket returns a token bucket that is full: rate in calls per second, 0.001
@@ -81,14 +80,15 @@ func newRate(l *limit) *Rate {
 
 // Become gives the limit the rate, burst, max wait and kind of next, which is new
 // and not used again. Permissions that are there at now are kept, up to the new
-// burst, a part of one too. Calls that wait keep their place and their own max wait;
-// those whose turn would now come later than that are refused at once.
+// burst, a part of one too; now may be from before the last call. Calls that wait keep
+// their place and their own max wait; those whose turn would now come later than that
+// are refused at once.
 func (r *Rate) Become(next *Rate, now time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	old, l := r.limit.Load(), next.limit.Load()
 	old.replaced.Store(true) // before it is closed
-	l.source.open(now, old.source.close(now))
+	l.source.open(old.source.close(now))
 	r.limit.Store(l)
 	ahead := 0
 	for e := r.queue.Front(); e != nil; e = e.Next() {
@@ -161,14 +161,15 @@ func (r *Rate) Wait(ctx context.Context, clock func() time.Duration) Verdict {
 	deadline, ok := ctx.Deadline() // not under the lock: it may panic
 	r.mu.Lock()
 	now := clock()
-	w := &waiter{wake: make(chan struct{}, 1), until: now + r.limit.Load().maxWait}
+	until := now + r.limit.Load().maxWait
 	if ok {
-		w.until = min(w.until, now+time.Until(deadline))
+		until = min(until, now+time.Until(deadline))
 	}
-	if now+r.delay(now, r.queue.Len()) > w.until {
+	if now+r.delay(now, r.queue.Len()) > until {
 		r.mu.Unlock()
 		return Refused
 	}
+	w := &waiter{wake: make(chan struct{}, 1), until: until}
 	place := r.queue.PushBack(w)
 	r.waiting.Add(1)
 	if place == r.queue.Front() {
