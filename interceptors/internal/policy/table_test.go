@@ -2,6 +2,8 @@ package policy
 
 import (
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"reflect"
 	"slices"
 	"strings"
@@ -388,5 +390,85 @@ func TestCovers(t *testing.T) {
 	}
 	if err := CheckPattern("a.B/C"); err == nil || !strings.Contains(err.Error(), `found "a.B/C", allowed`) {
 		t.Errorf("got %v", err)
+	}
+}
+
+func TestOf(t *testing.T) {
+	table := clientTable(t, `
+    - methods: ["*"]
+      timeout: 3s
+    - methods: ["/a.B/*", "/off.S/*"]
+      timeout: 2s
+    - methods: ["/a.B/C"]
+      timeout: 1s
+    - methods: ["/off.S/Off"]
+      timeout: 0s
+`)
+	for pattern, want := range map[string]time.Duration{"*": 3 * time.Second, "/a.B/*": 2 * time.Second, "/off.S/*": 2 * time.Second, "/a.B/C": time.Second} {
+		if got := table.Of(pattern); got == nil || got.Pattern != pattern || got.Timeout != want {
+			t.Errorf("%s: %v, want timeout %v", pattern, got, want)
+		}
+	}
+	for _, pattern := range []string{"/off.S/Off", "/a.B/D", "/a.C/*", "/a.B/", "/*", "", "/"} { // nothing applies, or no rule has it
+		if got := table.Of(pattern); got != nil {
+			t.Errorf("%q: %v", pattern, got)
+		}
+	}
+	if got := NewTable(nil).Of("*"); got != nil {
+		t.Errorf("without rules: %v", got)
+	}
+	for seed := range uint64(200) { // it is the very one that applies
+		table := NewTable(randomRules(rand.New(rand.NewPCG(seed, 3))))
+		for _, method := range methods {
+			if eff := table.Effective(method); eff != nil && table.Of(eff.Pattern) != eff {
+				t.Fatalf("seed %d, %s: %v, want %v", seed, method, table.Of(eff.Pattern), eff)
+			}
+		}
+	}
+}
+
+func TestPredecessors(t *testing.T) {
+	const a, b, c, all, star = "/a.B/A", "/a.B/B", "/a.B/C", "/a.B/*", "*"
+	type rules [][]string
+	for _, tt := range []struct {
+		name        string
+		before, now rules
+		want        map[int]int
+	}{
+		{"the same", rules{{a}, {all}, {star}}, rules{{a}, {all}, {star}}, map[int]int{1: 1, 2: 2, 3: 3}},
+		{"moved", rules{{a}, {all}, {star}}, rules{{star}, {a}, {all}}, map[int]int{1: 3, 2: 1, 3: 2}},
+		{"one is new", rules{{a}}, rules{{b}, {a}}, map[int]int{2: 1}},
+		{"one is gone", rules{{a}, {b}}, rules{{b}}, map[int]int{1: 2}},
+		{"all are new", rules{{a}}, rules{{b}}, map[int]int{}},
+		{"more patterns", rules{{a}}, rules{{b, all, a, star}}, map[int]int{1: 1}},
+		{"fewer patterns", rules{{a, b, c}}, rules{{c}}, map[int]int{1: 1}},
+		{"split: the first part goes on", rules{{a, b, c}}, rules{{c}, {a}, {b}}, map[int]int{1: 1}},
+		{"joined: from the first", rules{{a}, {b}}, rules{{b, a}}, map[int]int{1: 2}},
+		{"what another goes on from is passed over", rules{{a, b}, {c}}, rules{{a}, {b, c}}, map[int]int{1: 1, 2: 2}},
+		{"a pattern that covers another is not the same", rules{{a}, {star}}, rules{{all}}, map[int]int{}},
+		{"from nothing", nil, rules{{a}}, map[int]int{}},
+		{"to nothing", rules{{a}}, nil, map[int]int{}},
+	} {
+		table := func(of rules) *Table {
+			var policies []*resiliencev1.MethodPolicy
+			for i, patterns := range of { // a name that is of its place, not of the rule
+				policies = append(policies, &resiliencev1.MethodPolicy{Name: fmt.Sprint(i), Methods: patterns})
+			}
+			return NewTable(policies)
+		}
+		if got := table(tt.now).Predecessors(table(tt.before)); !maps.Equal(got, tt.want) {
+			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
+		}
+	}
+}
+
+// The numbers are those that methods with shared state have.
+func TestPredecessorsAreTheSharedNumbers(t *testing.T) {
+	const limited = "rate_limit: {requests_per_second: 1, scope: rule}"
+	before := clientTable(t, "    - {methods: [/a.B/X], timeout: 1s}\n    - {methods: [/a.B/*], "+limited+"}\n")
+	now := clientTable(t, "    - {methods: [/a.B/*], "+limited+"}\n")
+	was, is := before.Effective("/a.B/M").RateLimit.Shared, now.Effective("/a.B/M").RateLimit.Shared
+	if from := now.Predecessors(before); was == is || from[is] != was {
+		t.Errorf("%v, want %d from %d", from, is, was)
 	}
 }
