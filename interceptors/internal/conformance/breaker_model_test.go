@@ -34,6 +34,7 @@ type modelCall struct {
 	probe   bool
 	start   time.Duration
 	verdict bool
+	lost    bool // it was, when its slot was given to another
 }
 
 func (m *modelBreaker) change(now time.Duration, to breaker.State, cause breaker.Cause) {
@@ -42,14 +43,27 @@ func (m *modelBreaker) change(now time.Duration, to breaker.State, cause breaker
 	case breaker.Closed:
 		m.sleep = 0
 	case breaker.Open:
-		if m.sleep == 0 {
-			m.sleep = m.cfg.SleepWindow
-		} else {
-			m.sleep = min(m.sleep*2, max(m.cfg.SleepWindow, m.cfg.MaxSleepWindow))
-		}
+		m.sleep = m.allowed(2 * m.sleep)
 	}
 	m.state, m.began, m.results, m.probes, m.successes = to, now, nil, nil, 0
 	m.period++
+}
+
+// allowed is the sleep window nearest to d between the shortest and the longest.
+func (m *modelBreaker) allowed(d time.Duration) time.Duration {
+	return max(m.cfg.SleepWindow, min(d, m.cfg.MaxSleepWindow))
+}
+
+func (m *modelBreaker) set(cfg breaker.Config, now time.Duration) {
+	was := m.cfg
+	m.cfg = cfg
+	switch {
+	case m.state == breaker.Closed && cfg.Window != was.Window: // begins anew
+		m.began, m.results = now, nil
+		m.period++
+	case m.state == breaker.Open:
+		m.sleep = m.allowed(m.sleep)
+	}
 }
 
 // window counts the results that are at most nine tenths, begun, old.
@@ -70,15 +84,25 @@ func (m *modelBreaker) window(now time.Duration) (requests, failures, slow int) 
 	return requests, failures, slow
 }
 
+// unanswered are the probes without verdict that nobody has taken the place of.
+func (m *modelBreaker) unanswered() (probes []*modelCall) {
+	for _, p := range m.probes {
+		if !p.verdict && !p.lost {
+			probes = append(probes, p)
+		}
+	}
+	return probes
+}
+
 // mayProbe counts one by one.
 func (m *modelBreaker) mayProbe(now time.Duration) bool {
 	leased, unanswered := 0, 0
-	for _, p := range m.probes {
+	for _, p := range m.unanswered() {
 		age := now - p.start
-		if !p.verdict && age < m.cfg.Lease {
+		if age < m.cfg.Lease {
 			leased++
 		}
-		if !p.verdict && age < 3*m.cfg.Lease {
+		if age < 3*m.cfg.Lease {
 			unanswered++
 		}
 	}
@@ -112,6 +136,9 @@ func (m *modelBreaker) acquire(now time.Duration) *modelCall {
 	}
 	call := &modelCall{period: m.period, start: now, probe: m.state == breaker.HalfOpen}
 	if call.probe {
+		for left := m.unanswered(); len(left) >= 2*m.cfg.Probes; left = left[1:] {
+			left[0].lost = true
+		}
 		m.probes = append(m.probes, call)
 	}
 	return call
@@ -136,7 +163,7 @@ func (m *modelBreaker) done(call *modelCall, now time.Duration, result breaker.R
 		m.change(now, breaker.Open, breaker.ProbeFailure)
 	default:
 		m.successes++
-		if m.successes == m.cfg.Probes {
+		if m.successes >= m.cfg.Probes {
 			m.change(now, breaker.Closed, breaker.ProbeSuccess)
 		}
 	}
@@ -150,19 +177,27 @@ func check(t *testing.T, prop func(*rapid.T)) {
 	}
 }
 
+var breakerConfigs = rapid.Custom(func(t *rapid.T) breaker.Config {
+	seconds := func(name string, of ...time.Duration) time.Duration {
+		return rapid.SampledFrom(of).Draw(t, name) * time.Second
+	}
+	return breaker.Config{
+		ErrorPercent:   rapid.SampledFrom([]int{1, 30, 50, 100}).Draw(t, "error percent"),
+		RequestVolume:  rapid.IntRange(1, 6).Draw(t, "request volume"),
+		Probes:         rapid.IntRange(1, 3).Draw(t, "probes"),
+		SlowPercent:    rapid.SampledFrom([]int{0, 0, 40, 100}).Draw(t, "slow percent"),
+		Window:         seconds("window", 10, 10, 10, 5),
+		SleepWindow:    seconds("sleep window", 5, 5, 5, 1, 20),
+		MaxSleepWindow: seconds("max sleep window", 0, 5, 12, 60),
+		Lease:          seconds("lease", 2, 5, 9),
+	}
+})
+
 func TestBreakerAgainstModel(t *testing.T) {
 	reached := map[breaker.Transition]int{}
+	set := map[breaker.State]int{}
 	check(t, func(t *rapid.T) {
-		cfg := breaker.Config{
-			ErrorPercent:   rapid.SampledFrom([]int{1, 30, 50, 100}).Draw(t, "error percent"),
-			RequestVolume:  rapid.IntRange(1, 6).Draw(t, "request volume"),
-			Probes:         rapid.IntRange(1, 3).Draw(t, "probes"),
-			SlowPercent:    rapid.SampledFrom([]int{0, 0, 40, 100}).Draw(t, "slow percent"),
-			Window:         10 * time.Second,
-			SleepWindow:    5 * time.Second,
-			MaxSleepWindow: rapid.SampledFrom([]time.Duration{0, 5, 12, 60}).Draw(t, "max sleep window") * time.Second,
-			Lease:          rapid.SampledFrom([]time.Duration{2, 5, 9}).Draw(t, "lease") * time.Second,
-		}
+		cfg := breakerConfigs.Draw(t, "config")
 		var transitions []breaker.Transition
 		real := breaker.New(cfg, func(tr breaker.Transition) { transitions = append(transitions, tr) })
 		model := &modelBreaker{cfg: cfg}
@@ -221,6 +256,12 @@ func TestBreakerAgainstModel(t *testing.T) {
 			"begin 1": begin, "begin 2": begin, "begin 3": begin,
 			"end 1": end, "end 2": end, "end 3": end,
 			"sleep": sleep,
+			"set": func(t *rapid.T) {
+				cfg := breakerConfigs.Draw(t, "config")
+				real.Set(cfg, now)
+				model.set(cfg, now)
+				set[model.state]++
+			},
 			"look": func(t *rapid.T) { // not after each step: it moves the window on
 				requests, failures, _ := model.window(now)
 				want := breaker.Stats{Engine: "window", State: model.state, Requests: requests, Failures: failures, RetryAfter: model.retryAfter(now)}
@@ -241,7 +282,7 @@ func TestBreakerAgainstModel(t *testing.T) {
 			reached[tr]++
 		}
 	})
-	if len(reached) != 5 {
-		t.Errorf("not all transitions were reached: %v", reached)
+	if len(reached) != 5 || len(set) != 3 {
+		t.Errorf("not all transitions were reached: %v, or not set in all states: %v", reached, set)
 	}
 }

@@ -16,7 +16,8 @@ type takeClock struct{ now time.Time }
 func (c *takeClock) Now() time.Time        { return c.now }
 func (c *takeClock) Sleep(d time.Duration) { c.now = c.now.Add(d) }
 
-// A pacer admits calls when go.uber.org/ratelimit's own Take would return.
+// A pacer admits calls when go.uber.org/ratelimit's own Take would return, however
+// often it becomes what it is.
 func TestPacerAgainstTake(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		rate := rapid.SampledFrom([]float64{0.1, 10, 1000, 1e6}).Draw(t, "rate")
@@ -36,6 +37,9 @@ func TestPacerAgainstTake(t *testing.T) {
 			want := plain.Take().Sub(start)
 
 			now = max(now, arrival)
+			if i > 0 && rapid.Bool().Draw(t, "become") {
+				pacer.Become(limiter.NewPacer(rate, slack, 0), now)
+			}
 			for !pacer.Take(now) {
 				now += pacer.RetryAfter(now)
 			}
