@@ -24,8 +24,9 @@ type Rate struct {
 type limit struct {
 	source   source
 	maxWait  time.Duration
-	precise  bool        // waits end to 0.1 ms, where that can be had
-	replaced atomic.Bool // is being replaced: what the source says does not count
+	precise  bool          // waits end to 0.1 ms, where that can be had
+	replaced atomic.Bool   // is being replaced: what the source says does not count
+	since    time.Duration // it is in force; whoever read the clock before that is given this time
 }
 
 // waiter is a call in the queue.
@@ -88,7 +89,9 @@ func (r *Rate) Become(next *Rate, now time.Duration) {
 	defer r.mu.Unlock()
 	old, l := r.limit.Load(), next.limit.Load()
 	old.replaced.Store(true) // before it is closed
-	l.source.open(old.source.close(now))
+	at, permissions := old.source.close(now)
+	l.source.open(at, permissions)
+	l.since = at
 	r.limit.Store(l)
 	ahead := 0
 	for e := r.queue.Front(); e != nil; e = e.Next() {
@@ -116,7 +119,7 @@ func (r *Rate) Take(now time.Duration) bool {
 func (r *Rate) take(now time.Duration) bool {
 	for {
 		l := r.limit.Load()
-		if l.source.take(now) {
+		if l.source.take(max(now, l.since)) {
 			return true
 		}
 		if !l.replaced.Load() {
