@@ -389,6 +389,12 @@ func (t *target) idleLocked(now time.Duration) bool {
 			m.seen, idle = calls, false
 		}
 	}
+	// Those of scope rule may be in use by calls of methods that are gone.
+	for _, sh := range t.shared {
+		if sh.rate != nil && !sh.rate.Idle(now) || sh.places != nil && sh.places.InFlight() > 0 {
+			idle = false
+		}
+	}
 	return idle
 }
 

@@ -87,12 +87,13 @@ func (g *Guard) reloadLocked(p *resiliencev1.Policy) (refused map[*gates]error, 
 func (s *side) reload(rules *policy.Table, refused map[*gates]error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	from := rules.Predecessors(s.rules.Load())
+	earlier := s.rules.Load()
+	rates, places := rules.Predecessors(earlier, policy.SharesRate), rules.Predecessors(earlier, policy.SharesPlaces)
 	s.rules.Store(rules)
 	s.states = 0
 	for _, t := range s.distinctLocked() {
-		before := t.allLocked()
-		t.renumberLocked(from)
+		before := t.limitsLocked()
+		t.shareLocked(rules, rates, places, s.guard.now())
 		methods := maps.Clone(*t.methods.Load())
 		maps.DeleteFunc(methods, func(method string, st *state) bool {
 			return !s.reapplyLocked(t, st, rules.Effective(method), refused)
@@ -102,7 +103,7 @@ func (s *side) reload(rules *policy.Table, refused map[*gates]error) {
 			return !s.reapplyLocked(t, st, rules.Of(pattern), refused)
 		})
 		s.states += len(methods)
-		t.liftLocked(before, s.guard.now())
+		before.lift(t.limitsLocked(), s.guard.now())
 	}
 }
 
@@ -118,39 +119,56 @@ func (s *side) reapplyLocked(t *target, st *state, eff *policy.Effective, refuse
 	return true
 }
 
-// renumberLocked gives the limiters of scope rule the numbers of other rules.
-func (t *target) renumberLocked(from map[int]int) {
+// shareLocked gives the limiters of scope rule to the rules that go on with them, by
+// their numbers: those of the new rules, and what they were. It sets them, for no method
+// of such a rule need have been called.
+func (t *target) shareLocked(rules *policy.Table, rates, places map[int]int, now time.Duration) {
 	earlier := t.shared
 	t.shared = map[int]*shared{}
-	for number, before := range from {
-		if sh := earlier[before]; sh != nil {
-			t.shared[number] = sh
+	for number, before := range rates {
+		if was := earlier[before]; was != nil && was.rate != nil {
+			r, _ := rules.Shared(number)
+			sh := t.sharedLocked(number)
+			sh.rate, sh.rateLimit = setRate(was.rate, was.rateLimit, r, now), r
+		}
+	}
+	for number, before := range places {
+		if was := earlier[before]; was != nil && was.places != nil {
+			_, l := rules.Shared(number)
+			t.sharedLocked(number).places = setPlaces(was.places, l.MaxInFlight, l)
 		}
 	}
 }
 
-// liftLocked lets those go who wait at limits that no method has any more.
-func (t *target) liftLocked(before []*gates, now time.Duration) {
-	rates, places := map[*limiter.Rate]bool{nil: true}, map[*limiter.Semaphore]bool{nil: true}
+// limits are those that calls may wait at.
+type limits struct {
+	rates  map[*limiter.Rate]bool
+	places map[*limiter.Semaphore]bool
+}
+
+func (t *target) limitsLocked() limits {
+	all := limits{map[*limiter.Rate]bool{}, map[*limiter.Semaphore]bool{}}
 	for _, m := range t.allLocked() {
-		rates[m.rate], places[m.unary], places[m.stream] = true, true, true
-	}
-	for _, m := range before {
-		if !rates[m.rate] {
-			m.rate.Become(limiter.NewBucket(1e7, 1e7, 0), now) // the fastest that there is
-		}
-		for _, s := range []*limiter.Semaphore{m.unary, m.stream} {
-			if !places[s] {
-				s.Set(0, 0, 0)
-			}
-		}
+		all.rates[m.rate], all.places[m.unary], all.places[m.stream] = true, true, true
 	}
 	for _, sh := range t.shared {
-		if !rates[sh.rate] {
-			sh.rate = nil
+		all.rates[sh.rate], all.places[sh.places] = true, true
+	}
+	delete(all.rates, nil)
+	delete(all.places, nil)
+	return all
+}
+
+// lift lets those go who wait at limits that are not among those that stay.
+func (l limits) lift(stay limits, now time.Duration) {
+	for r := range l.rates {
+		if !stay.rates[r] {
+			r.Become(limiter.NewBucket(1e7, 1e7, time.Hour), now) // the fastest that there is
 		}
-		if !places[sh.places] {
-			sh.places = nil
+	}
+	for s := range l.places {
+		if !stay.places[s] {
+			s.Set(0, 0, 0)
 		}
 	}
 }

@@ -99,19 +99,47 @@ func (t *Table) Of(pattern string) *Effective {
 }
 
 // Predecessors tells which rule of an earlier table each rule goes on from, by their
-// numbers (see RateLimit.Shared): the one that had one of its patterns. Rules may be
-// moved, renamed and given more patterns; one that is split goes on in the first part.
-func (t *Table) Predecessors(earlier *Table) map[int]int {
+// numbers (see RateLimit.Shared), among those that have a limit (SharesRate,
+// SharesPlaces): the one that had one of its patterns. Rules may be moved, renamed and
+// given more patterns; one that is split goes on in the first part.
+func (t *Table) Predecessors(earlier *Table, has func(*resiliencev1.MethodPolicy) bool) map[int]int {
 	from, taken := map[int]int{}, map[int]bool{}
 	for i, rule := range t.rules {
+		if !has(rule) {
+			continue
+		}
 		for _, pattern := range rule.GetMethods() {
-			if e := earlier.entry(pattern); e != nil && !taken[e.id] {
+			if e := earlier.entry(pattern); e != nil && has(e.rule) && !taken[e.id] {
 				from[i+1], taken[e.id] = e.id, true
 				break
 			}
 		}
 	}
 	return from
+}
+
+// SharesRate reports whether the methods of a rule share its rate limit.
+func SharesRate(rule *resiliencev1.MethodPolicy) bool {
+	return rule.GetRateLimit().GetScope() == resiliencev1.Scope_SCOPE_RULE
+}
+
+// SharesPlaces reports whether the methods of a rule share its concurrency limit.
+func SharesPlaces(rule *resiliencev1.MethodPolicy) bool {
+	return rule.GetConcurrencyLimit().GetScope() == resiliencev1.Scope_SCOPE_RULE
+}
+
+// Shared returns the limits that the methods of a rule share, by its number; nil:
+// there is none. Their Rule is the rule's name, by default its first pattern.
+func (t *Table) Shared(number int) (rate *RateLimit, places *Concurrency) {
+	rule := t.rules[number-1]
+	from := t.entry(rule.GetMethods()[0])
+	if SharesRate(rule) {
+		rate = newRateLimit(rule.GetRateLimit(), from)
+	}
+	if SharesPlaces(rule) {
+		places = newConcurrency(rule.GetConcurrencyLimit(), from)
+	}
+	return rate, places
 }
 
 // entry returns that of a pattern, nil if the table does not have it.
