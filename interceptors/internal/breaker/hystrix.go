@@ -105,9 +105,7 @@ func NewHystrix(cfg HystrixConfig, onTransition func(Transition)) (*Hystrix, err
 		}
 		circuits.byName[cfg.Name] = c
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.sleep = cfg.SleepWindow
+	c.sleep.Store(int64(cfg.SleepWindow))
 	return &Hystrix{circuit: c, onTransition: onTransition, onPanic: cfg.OnPanic}, nil
 }
 
@@ -115,24 +113,24 @@ func NewHystrix(cfg HystrixConfig, onTransition func(Transition)) (*Hystrix, err
 type circuit struct {
 	name  string
 	epoch time.Time
+	sleep atomic.Int64 // not under mu: who comes back to the name must not wait for foreign code
 
 	period atomic.Pointer[period] // the current one; replaced under mu
 
 	// One section under mu is AllowRequest and the look at the period, or the look
 	// at the period and ReportEvent: between the two, the circuit could open or
 	// close.
-	mu        sync.Mutex
-	hystrix   *hystrix.CircuitBreaker
-	feed      *feed
-	resets    uint64 // of the feed, when the registry was last looked at
-	sleep     time.Duration
-	sent      uint64        // applied once hystrix-go has applied all of ours
-	probes    uint64        // so far
-	retryAt   time.Duration // while open: when hystrix-go grants the next probe, as far as is known
-	notBefore time.Duration // a sleep window after the last probe
-	granted   bool          // hystrix-go has granted a probe and no call has taken it
-	closing   *call         // the probe whose success waits for the queue to be empty
-	news      news
+	mu      sync.Mutex
+	hystrix *hystrix.CircuitBreaker
+	feed    *feed
+	resets  uint64        // of the feed, when the registry was last looked at
+	sent    uint64        // applied once hystrix-go has applied all of ours
+	probes  uint64        // so far
+	since   time.Duration // while open: of its opening or its last probe, as far as is known
+	pause   time.Duration // after its last probe, 0: none; the sleep window that hystrix-go had then
+	granted bool          // hystrix-go has granted a probe and no call has taken it
+	closing *call         // the probe whose success waits for the queue to be empty
+	news    news
 }
 
 // news is what is to be told when mu is free.
@@ -178,7 +176,7 @@ func (c *circuit) connectLocked(state State) {
 		return
 	}
 	if c.resets = resets; current != c.hystrix {
-		c.hystrix, c.feed, c.sent, c.closing, c.granted, c.notBefore = current, feedOf(c.name), 0, nil, false, 0
+		c.hystrix, c.feed, c.sent, c.closing, c.granted, c.pause = current, feedOf(c.name), 0, nil, false, 0
 		c.period.Store(&period{state: state})
 	}
 }
@@ -265,8 +263,8 @@ func (c *circuit) acquire(now time.Duration) (n news, t Ticket, retryAfter time.
 		c.switchLocked(HalfOpen, SleepWindow)
 	}
 	c.granted = false
-	c.retryAt = now + c.sleep
-	c.notBefore = now + hystrix.GetCircuitSettings()[c.name].SleepWindow // others may have set it anew
+	c.since = now
+	c.pause = hystrix.GetCircuitSettings()[c.name].SleepWindow // others may have set it anew
 	c.probes++
 	return n, Ticket{period: c.period.Load(), probe: c.probes, start: now}, 0, true
 }
@@ -315,7 +313,7 @@ func (c *circuit) followLocked(now time.Duration) {
 	// It is open, too, if the logger that was to be told so panicked.
 	switch closed, state := c.tryLocked(func() bool { return !c.hystrix.IsOpen() }), c.period.Load().state; {
 	case !closed && state == Closed:
-		c.retryAt = now + c.sleep
+		c.since = now
 		c.switchLocked(Open, ErrorPercent)
 	case closed && state != Closed: // somebody else reported a success, or flushed
 		c.switchLocked(Closed, ProbeSuccess)
@@ -354,9 +352,11 @@ func (c *circuit) closeLater(after time.Duration) {
 func (c *circuit) queuedLocked() bool { return c.feed.applied.Load() < c.sent }
 
 // grantedLocked asks hystrix-go for a probe, if there is none in hand. hystrix-go
-// counts the sleep window from the grant, we from the probe, which may be later.
+// counts the sleep window from the grant, we from the probe, which may be later. (If
+// ours is longer now than it was then, hystrix-go counts it.)
 func (c *circuit) grantedLocked(now time.Duration) bool {
-	c.granted = c.granted || now >= c.notBefore && c.tryLocked(c.hystrix.AllowRequest)
+	slept := now >= c.since+min(c.pause, time.Duration(c.sleep.Load()))
+	c.granted = c.granted || slept && c.tryLocked(c.hystrix.AllowRequest)
 	return c.granted
 }
 
@@ -371,7 +371,7 @@ func (c *circuit) refuseLocked(now time.Duration) (retryAfter time.Duration) {
 // retryInLocked is never 0: hystrix-go does not say when it opened, and another
 // may have been granted the probe.
 func (c *circuit) retryInLocked(now time.Duration) time.Duration {
-	return max(c.retryAt-now, time.Millisecond)
+	return max(c.since+time.Duration(c.sleep.Load())-now, time.Millisecond)
 }
 
 // events are hystrix-go's words. It counts a word that it does not know as an
@@ -398,7 +398,7 @@ func (c *circuit) switchLocked(to State, cause Cause) {
 	from := c.period.Load().state
 	c.granted = false
 	if to == Closed {
-		c.notBefore = 0
+		c.pause = 0
 	}
 	c.period.Store(&period{state: to})
 	c.news.transitions = append(c.news.transitions, Transition{From: from, To: to, Cause: cause})
