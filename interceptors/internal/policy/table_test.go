@@ -452,11 +452,13 @@ func TestPredecessors(t *testing.T) {
 		table := func(of rules) *Table {
 			var policies []*resiliencev1.MethodPolicy
 			for i, patterns := range of { // a name that is of its place, not of the rule
-				policies = append(policies, &resiliencev1.MethodPolicy{Name: fmt.Sprint(i), Methods: patterns})
+				policies = append(policies, &resiliencev1.MethodPolicy{
+					Name: fmt.Sprint(i), Methods: patterns, RateLimit: &resiliencev1.RateLimit{RequestsPerSecond: 1, Scope: resiliencev1.Scope_SCOPE_RULE},
+				})
 			}
 			return NewTable(policies)
 		}
-		if got := table(tt.now).Predecessors(table(tt.before)); !maps.Equal(got, tt.want) {
+		if got := table(tt.now).Predecessors(table(tt.before), SharesRate); !maps.Equal(got, tt.want) {
 			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
 		}
 	}
@@ -468,7 +470,7 @@ func TestPredecessorsAreTheSharedNumbers(t *testing.T) {
 	before := clientTable(t, "    - {methods: [/a.B/X], timeout: 1s}\n    - {methods: [/a.B/*], "+limited+"}\n")
 	now := clientTable(t, "    - {methods: [/a.B/*], "+limited+"}\n")
 	was, is := before.Effective("/a.B/M").RateLimit.Shared, now.Effective("/a.B/M").RateLimit.Shared
-	if from := now.Predecessors(before); was == is || from[is] != was {
+	if from := now.Predecessors(before, SharesRate); was == is || from[is] != was {
 		t.Errorf("%v, want %d from %d", from, is, was)
 	}
 }
