@@ -234,7 +234,9 @@ func (m *gates) addBreaker(s *side, old *gates) (err error) {
 		m.counts.transitions.add(tr)
 		s.guard.logTransition(m.state, tr)
 	}
-	if b.Hystrix {
+	window, isWindow := old.breaker.(*breaker.Window)
+	// A method that was refused a circuit keeps the engine, and with it its state.
+	if was := old.policy.Breaker; b.Hystrix && !(isWindow && was.Hystrix) {
 		var h *breaker.Hystrix
 		if h, err = s.guard.newHystrix(m, onTransition); err == nil {
 			m.breaker = h
@@ -248,9 +250,9 @@ func (m *gates) addBreaker(s *side, old *gates) (err error) {
 	if b.SlowCall > 0 {
 		config.SlowPercent = b.SlowPercent
 	}
-	if w, ok := old.breaker.(*breaker.Window); ok {
-		w.Set(config, s.guard.now())
-		m.breaker = w
+	if isWindow {
+		window.Set(config, s.guard.now())
+		m.breaker = window
 	} else {
 		m.breaker = breaker.New(config, onTransition)
 	}

@@ -46,6 +46,7 @@ func TestHystrixProcess(t *testing.T) {
 	t.Run("foreign circuit", foreignCircuit) // the first: there must be no guard yet
 	t.Run("dashboard", dashboard)
 	t.Run("logger panics", hystrixLoggerPanics)
+	t.Run("logger waits", hystrixLoggerWaits)
 	t.Run("flush", flushed)
 	t.Run("stress", hystrixStress)
 	t.Run("too many", tooManyCircuits) // the last: there is no circuit left

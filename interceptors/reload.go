@@ -44,9 +44,7 @@ func (g *Guard) Reload(p *resiliencev1.Policy) error {
 	if err := g.usable(); err != nil {
 		return err
 	}
-	g.reloading.Lock()
-	refused, err := g.reloadLocked(p)
-	g.reloading.Unlock()
+	refused, err := g.reload(p)
 	if err != nil {
 		g.reloads.rejected.Add(1)
 		return err
@@ -61,9 +59,11 @@ func (g *Guard) Reload(p *resiliencev1.Policy) error {
 	return nil
 }
 
-// reloadLocked returns why gates have a breaker of another engine than they are to
-// have, if that is new.
-func (g *Guard) reloadLocked(p *resiliencev1.Policy) (refused map[*gates]error, err error) {
+// reload returns why gates have a breaker of another engine than they are to have, if
+// that is new.
+func (g *Guard) reload(p *resiliencev1.Policy) (refused map[*gates]error, err error) {
+	g.reloading.Lock()
+	defer g.reloading.Unlock() // also when a collector of hystrix-go's calls runtime.Goexit
 	c, err := g.opts.compile(p)
 	if err != nil {
 		return nil, err
@@ -112,8 +112,7 @@ func (s *side) reapplyLocked(t *target, st *state, eff *policy.Effective, refuse
 	if eff == nil {
 		return false
 	}
-	was := st.gates.Load().policy.Breaker
-	if err := s.applyLocked(t, st, eff); err != nil && (was == nil || !was.Hystrix) {
+	if err := s.applyLocked(t, st, eff); err != nil {
 		refused[st.gates.Load()] = err
 	}
 	return true
