@@ -236,7 +236,7 @@ func (m *gates) addBreaker(s *side, old *gates) (err error) {
 	}
 	window, isWindow := old.breaker.(*breaker.Window)
 	// A method that was refused a circuit keeps the engine, and with it its state.
-	if was := old.policy.Breaker; b.Hystrix && !(isWindow && was.Hystrix) {
+	if was := old.policy.Breaker; b.Hystrix && (!isWindow || !was.Hystrix) {
 		var h *breaker.Hystrix
 		if h, err = s.guard.newHystrix(m, onTransition); err == nil {
 			m.breaker = h
