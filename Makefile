@@ -51,6 +51,10 @@ check-generated: ## Check .proto files and that the generated code is up to date
 mutants: ## Break the code on purpose, line by line: a test must fail each time.
 	@go run ./internal/mutants
 
+.PHONY: bench
+bench: ## Measure this project and others in one run, some 10 minutes: docs/performance.md.
+	@cd benchmarks && go run . -o $(CURDIR)/docs/performance.md
+
 .PHONY: fuzz
 fuzz: ## Fuzz each target for FUZZTIME (default 10m).
 	@grep -rHoE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]*' . | sort | while IFS=: read -r file func; do \

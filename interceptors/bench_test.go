@@ -5,7 +5,6 @@ import (
 	"errors"
 	"io"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -119,17 +118,6 @@ func BenchmarkUnaryServer(b *testing.B) {
 	serialAndParallel(b, unaryServer(mustGuard(b, hotPolicy)))
 }
 
-// A policy without a rule for the method: what a guard costs that does nothing.
-func BenchmarkUnaryClientWithoutRule(b *testing.B) {
-	serialAndParallel(b, unaryClient(mustGuard(b, "client: {rules: [{methods: [/other.v1.Service/Method], timeout: 1s}]}")))
-}
-
-// A timeout to set: one context.WithDeadline more.
-func BenchmarkUnaryClientWithTimeout(b *testing.B) {
-	policy := strings.Replace(hotPolicy, "breaker: {}", "timeout: 1h, breaker: {}", 1)
-	serialAndParallel(b, unaryClient(mustGuard(b, policy)))
-}
-
 func rejected(call callOnce) callOnce {
 	_ = call() // takes the only token
 	return func() error {
@@ -141,88 +129,6 @@ func rejected(call callOnce) callOnce {
 }
 
 const oneToken = "rules: [{methods: ['*'], breaker: {}, rate_limit: {requests_per_second: 0.001, burst: 1}}]"
-
-func BenchmarkRejectedByClient(b *testing.B) {
-	serialAndParallel(b, rejected(unaryClient(mustGuard(b, "client: {"+oneToken+"}"))))
-}
-
-func BenchmarkRejectedByServer(b *testing.B) {
-	serialAndParallel(b, rejected(unaryServer(mustGuard(b, "server: {"+oneToken+"}"))))
-}
-
-func BenchmarkStreamClientOpenAndEnd(b *testing.B) {
-	serialAndParallel(b, streamClient(mustGuard(b, hotPolicy)))
-}
-
-func BenchmarkStreamServer(b *testing.B) {
-	serialAndParallel(b, streamServer(mustGuard(b, hotPolicy)))
-}
-
-func BenchmarkStreamClientMessage(b *testing.B) {
-	g := mustGuard(b, hotPolicy)
-	for name, open := range map[string]func() (grpc.ClientStream, error){
-		"bare":    func() (grpc.ClientStream, error) { return endlessStream{}, nil },
-		"guarded": func() (grpc.ClientStream, error) { return openStream(g, endlessStream{}) },
-	} {
-		b.Run(name, func(b *testing.B) {
-			s, err := open()
-			if err != nil {
-				b.Fatal(err)
-			}
-			b.ReportAllocs()
-			for b.Loop() {
-				if err := s.RecvMsg(nil); err != nil {
-					b.Fatal(err)
-				}
-			}
-		})
-	}
-}
-
-// BenchmarkFloor is what no guard of this kind can be faster than: it has to
-// read the clock before and after the call, to find the method, and to count
-// four things. The counters are of each goroutine's own, or shared as those of
-// one method must be.
-func BenchmarkFloor(b *testing.B) {
-	epoch := time.Now()
-	methods := map[string]*[4]atomic.Uint64{rpctest.Unary: {}, rpctest.Other: {}}
-	var table atomic.Pointer[map[string]*[4]atomic.Uint64]
-	table.Store(&methods)
-	floor := func(own *[4]atomic.Uint64) time.Duration {
-		began := time.Since(epoch)
-		n := (*table.Load())[rpctest.Unary]
-		if own != nil {
-			n = own
-		}
-		for i := range n {
-			n[i].Add(1)
-		}
-		return time.Since(epoch) - began
-	}
-	b.Run("serial", func(b *testing.B) {
-		for b.Loop() {
-			floor(nil)
-		}
-	})
-	b.Run("parallel", func(b *testing.B) {
-		b.RunParallel(func(pb *testing.PB) {
-			own := new(struct {
-				counts [4]atomic.Uint64
-				_      [96]byte // alone on its cache lines
-			})
-			for pb.Next() {
-				floor(&own.counts)
-			}
-		})
-	})
-	b.Run("parallel, shared", func(b *testing.B) {
-		b.RunParallel(func(pb *testing.PB) {
-			for pb.Next() {
-				floor(nil)
-			}
-		})
-	})
-}
 
 // BenchmarkEngines is the three gates driven by hand, with the clock: what is
 // left for the interceptor is the difference.

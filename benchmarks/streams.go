@@ -1,0 +1,150 @@
+package main
+
+import (
+	"context"
+	"io"
+
+	middleware "github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors"
+	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
+	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
+	"google.golang.org/grpc"
+)
+
+var streamArms = []arm{
+	{name: "client stream, bare", make: onClientStream(bareClient)},
+	{name: "client stream, three gates", gates: three, make: ours(onClientStream, breakerBlock, limitBlocks)},
+	{name: "client stream, go-grpc-middleware reporter", what: "tells a reporter, which does nothing, of each message and of the end.", make: onClientStream(reportClient)},
+	{name: "server stream, bare", make: onServerStream(bareServer)},
+	{name: "server stream, three gates", gates: three, make: ours(onServerStream, breakerBlock, limitBlocks)},
+	{name: "server stream, go-grpc-middleware reporter", make: onServerStream(reportServer)},
+	{name: "server stream, go-grpc-middleware recovery + ratelimit with x/time/rate", gates: limited, make: onServerStream(func(l limits) grpc.StreamServerInterceptor {
+		recovers, limit := recovery.StreamServerInterceptor(), ratelimit.StreamServerInterceptor(newXRate(l))
+		return func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+			return recovers(srv, ss, info, func(srv any, ss grpc.ServerStream) error { return limit(srv, ss, info, handler) })
+		}
+	})},
+}
+
+// messageArms are who sees messages: bare, ours, and go-grpc-middleware's reporter.
+var messageArms = []struct {
+	name   string
+	client func(limits) grpc.StreamClientInterceptor
+	server func(limits) grpc.StreamServerInterceptor
+}{
+	{"bare", bareClient, bareServer},
+	{"three gates", func(l limits) grpc.StreamClientInterceptor {
+		return guard(l, breakerBlock, limitBlocks).StreamClientInterceptor()
+	},
+		func(l limits) grpc.StreamServerInterceptor {
+			return guard(l, breakerBlock, limitBlocks).StreamServerInterceptor()
+		}},
+	{"go-grpc-middleware reporter", reportClient, reportServer},
+}
+
+func bareClient(limits) grpc.StreamClientInterceptor {
+	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+		return streamer(ctx, desc, cc, method, opts...)
+	}
+}
+
+func bareServer(limits) grpc.StreamServerInterceptor {
+	return func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+		return handler(srv, ss)
+	}
+}
+
+func reportClient(limits) grpc.StreamClientInterceptor {
+	return middleware.StreamClientInterceptor(noReport{})
+}
+func reportServer(limits) grpc.StreamServerInterceptor {
+	return middleware.StreamServerInterceptor(noReport{})
+}
+
+type noReport struct{}
+
+func (noReport) ClientReporter(ctx context.Context, _ middleware.CallMeta) (middleware.Reporter, context.Context) {
+	return middleware.NoopReporter{}, ctx
+}
+
+func (noReport) ServerReporter(ctx context.Context, _ middleware.CallMeta) (middleware.Reporter, context.Context) {
+	return middleware.NoopReporter{}, ctx
+}
+
+// clientEnd is a client stream of so many messages that no one counts them, or, with
+// an error, of none.
+type clientEnd struct {
+	grpc.ClientStream
+	err error
+}
+
+func (s clientEnd) RecvMsg(any) error { return s.err }
+func (clientEnd) SendMsg(any) error   { return nil }
+
+type serverEnd struct{ grpc.ServerStream }
+
+func (serverEnd) Context() context.Context { return served }
+func (serverEnd) RecvMsg(any) error        { return nil }
+func (serverEnd) SendMsg(any) error        { return nil }
+
+var (
+	bidi     = &grpc.StreamDesc{StreamName: "Stream", ServerStreams: true, ClientStreams: true}
+	bidiInfo = &grpc.StreamServerInfo{FullMethod: streamMethod, IsClientStream: true, IsServerStream: true}
+)
+
+// onClientStream opens a stream and receives its end.
+func onClientStream(intercept func(limits) grpc.StreamClientInterceptor) maker {
+	return func(l limits, do func() error) func() error {
+		i, ctx := intercept(l), context.Background()
+		var over grpc.ClientStream = clientEnd{err: io.EOF}
+		streamer := func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+			return over, do()
+		}
+		return func() error {
+			s, err := i(ctx, bidi, nil, streamMethod, streamer)
+			if err != nil {
+				return err
+			}
+			if err := s.RecvMsg(nil); err != io.EOF {
+				return err
+			}
+			return nil
+		}
+	}
+}
+
+// onServerStream calls a handler.
+func onServerStream(intercept func(limits) grpc.StreamServerInterceptor) maker {
+	return func(l limits, do func() error) func() error {
+		i := intercept(l)
+		var ss grpc.ServerStream = serverEnd{}
+		handle := func(any, grpc.ServerStream) error { return do() }
+		return func() error { return i(nil, ss, bidiInfo, handle) }
+	}
+}
+
+// messages are those of streams that stay open while the program runs.
+func messages() (subjects []subject) {
+	for _, by := range messageArms {
+		cs := must(by.client(wide)(context.Background(), bidi, nil, streamMethod,
+			func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+				return clientEnd{}, nil
+			}))
+		opened := make(chan grpc.ServerStream)
+		go func() {
+			_ = by.server(wide)(nil, serverEnd{}, bidiInfo, func(_ any, ss grpc.ServerStream) error {
+				opened <- ss
+				select {}
+			})
+		}()
+		ss := <-opened
+		for _, m := range []struct {
+			name string
+			call func(any) error
+		}{{"client receives", cs.RecvMsg}, {"client sends", cs.SendMsg}, {"server receives", ss.RecvMsg}, {"server sends", ss.SendMsg}} {
+			subjects = append(subjects, subject{name: m.name + ", " + by.name, width: 1, calls: func() func() error {
+				return func() error { return m.call(nil) }
+			}})
+		}
+	}
+	return subjects
+}
