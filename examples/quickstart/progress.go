@@ -92,9 +92,10 @@ func (p *progress) eraser() string {
 }
 
 func (p *progress) show() {
+	snapshot := p.guard.Snapshot() // not under the lock: it may log, and that comes here
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	activities := p.activities(time.Now())
+	activities := p.activities(snapshot, time.Now())
 	if p.terminal {
 		p.redraw(activities)
 		return
@@ -152,9 +153,9 @@ func (a activity) String() string {
 	return text
 }
 
-func (p *progress) activities(now time.Time) []activity {
+func (p *progress) activities(snapshot interceptors.Snapshot, now time.Time) []activity {
 	var all []activity
-	for _, m := range p.guard.Snapshot().Methods {
+	for _, m := range snapshot.Methods {
 		a := activity{method: strings.TrimPrefix(m.Method, "/shop.v1."), state: "none", rejected: m.Counts.Dropped}
 		if m.Breaker != nil {
 			a.state = m.Breaker.State

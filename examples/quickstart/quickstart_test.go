@@ -3,16 +3,24 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors"
 )
 
 // runAsProgram makes the test binary, and its children, the program.
@@ -215,6 +223,53 @@ func TestArguments(t *testing.T) {
 		if code != tc.code || !strings.Contains(p.log.String(), tc.says) || p.stdout.Len() > 0 {
 			t.Errorf("%s: exit code %d, stdout %q, stderr\n%s", tc.args, code, &p.stdout, &p.log)
 		}
+	}
+}
+
+// A look at the guard may find a circuit open and log that, to the progress that
+// is looking.
+func TestProgressLogsWhatItFinds(t *testing.T) {
+	policy, err := interceptors.Parse("test.yaml", []byte(`client: {rules: [{methods: ["*"], breaker: {engine: hystrix, request_volume_threshold: 1}}]}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := os.Create(filepath.Join(t.TempDir(), "out"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	show := newProgress(out)
+	guard, err := interceptors.New(policy, interceptors.WithLogger(slog.New(slog.NewTextHandler(show, nil))))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer guard.Close()
+	show.guard = guard
+	c, err := dial(guard, "127.0.0.1:1") // nobody is there
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.conn.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := c.call(ctx, search); status.Code(err) != codes.Unavailable {
+		t.Fatal(err)
+	}
+	for name := guard.HystrixName(interceptors.Client, c.conn.CanonicalTarget(), search); itsOwnWord(name) != "open" && ctx.Err() == nil; {
+		pause(ctx, time.Millisecond)
+	}
+	shown := make(chan struct{})
+	go func() {
+		show.show()
+		close(shown)
+	}()
+	select {
+	case <-shown:
+	case <-ctx.Done():
+		t.Fatal("the progress waits for itself")
+	}
+	if text, err := os.ReadFile(out.Name()); err != nil || !strings.Contains(string(text), "circuit breaker open") {
+		t.Errorf("%v, logged %q", err, text)
 	}
 }
 
