@@ -92,10 +92,7 @@ func (w *walk) drain(ctx context.Context) error {
 	w.claimAll("drain: grace, unary calls that are OK", answered, isOK)
 
 	code, waitErr := w.shop.wait(ctx)
-	begun, ended := 0, 0
-	for _, t := range w.shop.latest.Methods {
-		begun, ended = begun+t.Started, ended+t.Ended
-	}
+	begun, ended := w.shop.latest.calls()
 	w.claimThat(begun > 0 && begun == ended, "drain: of all that handlers have begun, they have ended", fmt.Sprint(begun), fmt.Sprint(ended))
 	w.claim("drain: the server's process ends with", fmt.Sprintf("pid %d, exit code 0", w.shop.pid), fmt.Sprintf("pid %d, exit code %d", w.shop.latest.PID, code))
 	return errors.Join(err, waitErr)

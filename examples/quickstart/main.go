@@ -1,8 +1,8 @@
 // Command quickstart shows the whole suite at work in a few seconds: a guarded
 // shop server in a process of its own, a guarded client, real gRPC over TCP on
 // 127.0.0.1, one policy for both. It makes a method fail and heal, overloads
-// limits, crashes handlers and restarts the server, and counts whether what
-// README promises is true.
+// limits, crashes handlers, restarts servers and kills one, and counts whether
+// what README promises is true.
 //
 //	go run ./examples/quickstart
 //
@@ -78,14 +78,14 @@ type pace struct {
 
 func parse(args []string) (p pace, asJSON bool, err error) {
 	flags := flag.NewFlagSet("quickstart", flag.ContinueOnError)
-	quick := flags.Bool("quick", false, "shorter spells of load; ends within 10 s instead of 30 s")
+	quick := flags.Bool("quick", false, "shorter spells of load; ends within 30 s instead of 60 s")
 	flags.BoolVar(&asJSON, "json", false, "print the table as JSON on stdout, everything else on stderr")
 	flags.Usage = func() {
 		fmt.Fprint(flags.Output(), `usage: quickstart [-quick] [-json]
 
 Starts a guarded shop server as a child process, calls it through a guarded
 client, and counts whether breakers, limits, recovery and the drain keep their
-promises. Uses 127.0.0.1 only. The exit code is 0 if every claim held, 1 if not.
+promises; then it restarts and kills servers of which there are two. Uses 127.0.0.1 only. The exit code is 0 if every claim held, 1 if not.
 
 `)
 		flags.PrintDefaults()
@@ -99,9 +99,9 @@ promises. Uses 127.0.0.1 only. The exit code is 0 if every claim held, 1 if not.
 		return p, asJSON, errors.New("unknown argument")
 	}
 	if *quick {
-		return pace{rounds: 10, spell: 500 * time.Millisecond, limit: 10 * time.Second}, asJSON, nil
+		return pace{rounds: 10, spell: 500 * time.Millisecond, limit: 30 * time.Second}, asJSON, nil
 	}
-	return pace{rounds: 60, spell: 4 * time.Second, limit: 30 * time.Second}, asJSON, nil
+	return pace{rounds: 60, spell: 4 * time.Second, limit: 60 * time.Second}, asJSON, nil
 }
 
 // demonstrate makes the walk and prints what came of it. Whatever happens, no

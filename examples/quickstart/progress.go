@@ -23,7 +23,7 @@ type progress struct {
 
 	mu     sync.Mutex
 	drawn  int               // lines of the table on the screen
-	before map[string]uint64 // calls that had ended when they were last shown
+	before map[string]uint64 // by method, calls that had ended when they were last shown
 	at     time.Time         // when that was
 }
 
@@ -113,9 +113,9 @@ func (p *progress) show() {
 
 func (p *progress) redraw(activities []activity) {
 	var table strings.Builder // written at once, or it flickers
-	fmt.Fprintf(&table, "%s\n  %-15s %-10s %8s %9s %10s\n", p.eraser(), "method", "breaker", "calls/s", "rejected", "in flight")
+	fmt.Fprintf(&table, "%s\n  %-21s %-10s %8s %9s %10s\n", p.eraser(), "method", "breaker", "calls/s", "rejected", "in flight")
 	for _, a := range activities {
-		fmt.Fprintf(&table, "  %-15s %s%-10s%s %8.0f %9d %10d\n", a.method, colours[a.state], a.state, plain, a.rate, a.rejected, a.inFlight)
+		fmt.Fprintf(&table, "  %-21s %s%-10s%s %8.0f %9d %10d\n", a.method, colours[a.state], a.state, plain, a.rate, a.rejected, a.inFlight)
 	}
 	p.drawn = len(activities) + 2
 	_, _ = io.WriteString(p.out, table.String())
@@ -157,6 +157,9 @@ func (p *progress) activities(snapshot interceptors.Snapshot, now time.Time) []a
 	var all []activity
 	for _, m := range snapshot.Methods {
 		a := activity{method: strings.TrimPrefix(m.Method, "/shop.v1."), state: "none", rejected: m.Counts.Dropped}
+		if strings.HasPrefix(m.Target, fleetScheme+":") {
+			a.method += " (fleet)"
+		}
 		if m.Breaker != nil {
 			a.state = m.Breaker.State
 		}
@@ -166,8 +169,8 @@ func (p *progress) activities(snapshot interceptors.Snapshot, now time.Time) []a
 			a.rejected += n
 			done += n
 		}
-		a.rate = float64(done-p.before[m.Method]) / now.Sub(p.at).Seconds()
-		p.before[m.Method] = done
+		a.rate = float64(done-p.before[a.method]) / now.Sub(p.at).Seconds()
+		p.before[a.method] = done
 		all = append(all, a)
 	}
 	p.at = now

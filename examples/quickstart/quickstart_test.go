@@ -141,7 +141,7 @@ func TestEveryClaimHolds(t *testing.T) {
 		}
 		seen[r.Claim] = true
 	}
-	for _, gate := range []string{"healthy", "outage", "heal", "hystrix", "fallback", "pacing", "rate limit", "concurrency", "panic", "drain"} {
+	for _, gate := range []string{"healthy", "outage", "heal", "hystrix", "fallback", "pacing", "rate limit", "concurrency", "panic", "drain", "rolling restart", "crash, Place without retry", "crash, Search with retry"} {
 		if !strings.Contains(fmt.Sprint(seen), gate+": ") {
 			t.Errorf("nothing is claimed of %q", gate)
 		}

@@ -71,13 +71,18 @@ type report struct {
 	Queued map[string]int
 }
 
+// calls are those that handlers have begun and ended, of all methods.
+func (r report) calls() (begun, ended int) {
+	for _, t := range r.Methods {
+		begun, ended = begun+t.Started, ended+t.Ended
+	}
+	return begun, ended
+}
+
 // inFlight is the number of calls that handlers have not ended.
 func (r report) inFlight() int {
-	n := 0
-	for _, t := range r.Methods {
-		n += t.inFlight()
-	}
-	return n
+	begun, ended := r.calls()
+	return begun - ended
 }
 
 // remote lets the parent break the shop and look into its books, over a pipe.

@@ -22,6 +22,7 @@ type walk struct {
 	guard  *interceptors.Guard
 	shop   *child
 	client *client
+	fleet  *fleet
 
 	rows    []row
 	opening time.Time // not later than when the breaker of Place opened
@@ -57,6 +58,7 @@ func (w *walk) all(ctx context.Context, out *os.File) (err error) {
 	defer w.client.conn.Close()
 	show.watch(w.guard)
 	defer show.close()
+	defer func() { w.fleet.close() }()
 
 	for i, s := range []struct {
 		title string
@@ -71,6 +73,8 @@ func (w *walk) all(ctx context.Context, out *os.File) (err error) {
 		{"Search gets more load than its concurrency limit", w.concurrencyLimit},
 		{"Handlers panic", w.panics},
 		{"SIGTERM with calls in flight", w.drain},
+		{"Two servers are replaced, one after the other, under load", w.rolling},
+		{"One of two servers is killed with calls in flight", w.crash},
 	} {
 		show.step(fmt.Sprintf("%d %s", i+1, s.title))
 		if err := s.walk(ctx); err != nil {
