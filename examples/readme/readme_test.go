@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/stats"
@@ -128,6 +129,42 @@ func fourLines(ctx context.Context, target string, creds grpc.DialOption, listen
 	err = guard.Serve(ctx, srv, listener)                            // until SIGTERM: drains, then returns
 	_ = conn
 	return err
+}
+
+func headless(guard *interceptors.Guard, creds grpc.DialOption) (*grpc.ClientConn, error) {
+	conn, err := grpc.NewClient("dns:///shop:8080", guard.DialOptions(creds,
+		grpc.WithDefaultServiceConfig(`{
+			"loadBalancingConfig": [{"round_robin": {}}],
+			"healthCheckConfig": {"serviceName": ""},
+			"methodConfig": [{
+				"name": [{"service": "shop.v1.Orders", "method": "Get"}, {"service": "shop.v1.Orders", "method": "Search"}],
+				"retryPolicy": {
+					"maxAttempts": 3, "initialBackoff": "0.1s", "maxBackoff": "1s", "backoffMultiplier": 2,
+					"retryableStatusCodes": ["UNAVAILABLE"]
+				}
+			}]
+		}`),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: time.Second, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 3 * time.Second},
+			MinConnectTimeout: 20 * time.Second,
+		}),
+	)...)
+	return conn, err
+}
+
+func TestHeadlessClientIsValid(t *testing.T) {
+	guard, err := interceptors.Load("policy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer guard.Close()
+	conn, err := headless(guard, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err) // gRPC parses the service config
+	}
+	if err := conn.Close(); err != nil {
+		t.Error(err)
+	}
 }
 
 func place(ctx context.Context, client shopv1.OrdersClient, order *shopv1.PlaceRequest) {
