@@ -51,8 +51,14 @@ type scraper struct {
 // `name{label="value"}`.
 type samples map[string]float64
 
-// newScraper serves an exporter's text on 127.0.0.1.
 func newScraper(t *testing.T) (*scraper, interceptors.Option) {
+	t.Helper()
+	s, provider := newProvider(t)
+	return s, interceptors.WithMeterProvider(provider)
+}
+
+// newProvider serves an exporter's text on 127.0.0.1.
+func newProvider(t *testing.T) (*scraper, *sdkmetric.MeterProvider) {
 	t.Helper()
 	registry := prometheus.NewRegistry()
 	exporter, err := otelprom.New(otelprom.WithRegisterer(registry), otelprom.WithoutScopeInfo(), otelprom.WithoutTargetInfo())
@@ -67,7 +73,7 @@ func newScraper(t *testing.T) (*scraper, interceptors.Option) {
 			t.Error(err)
 		}
 	})
-	return &scraper{t: t, url: srv.URL}, interceptors.WithMeterProvider(provider)
+	return &scraper{t: t, url: srv.URL}, provider
 }
 
 func (s *scraper) text() string {
@@ -211,15 +217,15 @@ func (o *observed) hold(method string) <-chan error {
 }
 
 // until waits until a sample has a value.
-func (o *observed) until(name string, want float64) samples {
-	o.t.Helper()
+func (s *scraper) until(name string, want float64) samples {
+	s.t.Helper()
 	for patience := time.Now().Add(10 * time.Second); ; {
-		got := o.scrape()
+		got := s.scrape()
 		if got[name] == want {
 			return got
 		}
 		if time.Now().After(patience) {
-			got.expect(o.t, samples{name: want})
+			got.expect(s.t, samples{name: want})
 		}
 	}
 }
