@@ -29,6 +29,7 @@ import (
 
 	shopv1 "github.com/grpc-resilience/grpc-resilience/examples/shop/v1"
 	"github.com/grpc-resilience/grpc-resilience/interceptors"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/supervise"
 	resiliencev1 "github.com/grpc-resilience/grpc-resilience/proto/resilience/v1"
 )
 
@@ -251,6 +252,44 @@ func chain(guard *interceptors.Guard, tracing stats.Handler, accessLog, authenti
 	return srv
 }
 
+func background(ctx context.Context, guard *interceptors.Guard, srv *grpc.Server, listener net.Listener, publish func(context.Context) error) error {
+	workers, err := supervise.New(
+		supervise.WithDraining(guard.Draining()),                // from grace on nothing is restarted
+		supervise.WithEscalation(func(error) { guard.Drain() }), // a worker that was given up ends the process
+	)
+	if err != nil {
+		return err
+	}
+	err = workers.Add(supervise.Worker{Name: "outbox", Run: publish}) // starts it; Kind: supervise.Permanent
+	if err != nil {
+		return err
+	}
+	err = guard.Serve(ctx, srv, listener)                       // the workers run on while it drains
+	return errors.Join(err, workers.Stop(context.Background())) // the last added first, each within its StopTimeout
+}
+
+func beside(ctx context.Context, order *shopv1.PlaceRequest, mail func(context.Context, *shopv1.PlaceRequest)) {
+	supervise.Go(context.WithoutCancel(ctx), func(ctx context.Context) { mail(ctx, order) })
+}
+
+// TestAWorkerDrainsItsServer: what the paper says of a worker that is given up.
+func TestAWorkerDrainsItsServer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		guard, err := interceptors.New(&resiliencev1.Policy{}, interceptors.WithSignals())
+		if err != nil {
+			t.Fatal(err)
+		}
+		runs := 0
+		err = background(t.Context(), guard, grpc.NewServer(guard.ServerOptions()...), bufconn.Listen(1<<20), func(context.Context) error {
+			runs++
+			return errors.New("the broker is gone")
+		})
+		if err != nil || runs != 6 {
+			t.Errorf("%d runs, Serve: %v", runs, err)
+		}
+	})
+}
+
 // failingShop fails every order.
 type failingShop struct {
 	shopv1.UnimplementedOrdersServer
@@ -291,4 +330,4 @@ func TestBreakerOpens(t *testing.T) {
 	})
 }
 
-var _, _, _, _, _ = fourLines, place, watch, reload, chain // called by readers only
+var _, _, _, _, _, _ = fourLines, place, watch, reload, chain, beside // called by readers only
