@@ -181,6 +181,26 @@ func TestLoggerThatIsBroken(t *testing.T) {
 	})
 }
 
+// Stop that comes while the end of a run is logged, a restart decided already, waits
+// for the log and not for the backoff.
+func TestStopWhileAnEndIsLogged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		records := &recorder{with: func() { time.Sleep(time.Second) }}
+		s := mustNew(t, records.option())
+		w, runs := fails("w", errBroken)
+		mustAdd(t, s, w)
+		began := time.Now()
+		synctest.Wait()
+		mustStop(t, s)
+		if took := time.Since(began); took != time.Second || runs.Load() != 1 {
+			t.Errorf("took %v, %d runs", took, runs.Load())
+		}
+		if records.attr("worker ended", "restart_in") == "" {
+			t.Errorf("no restart was decided: %v", records)
+		}
+	})
+}
+
 // A callback that hangs holds nobody up.
 func TestEscalationThatHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
