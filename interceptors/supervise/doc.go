@@ -4,15 +4,15 @@
 // that fails too often is given up and escalates.
 //
 //	workers, err := supervise.New(
-//		supervise.WithDraining(guard.Draining()),                      // nothing restarts in a drain
-//		supervise.WithEscalation(func(error) { guard.Drain() }),       // a worker that cannot be helped ends the process
+//		supervise.WithDraining(guard.Draining()),                // from grace on nothing is restarted
+//		supervise.WithEscalation(func(error) { guard.Drain() }), // a worker that was given up ends the process
 //	)
 //	if err != nil {
 //		return err
 //	}
 //	err = workers.Add(supervise.Worker{Name: "outbox", Run: publishOutbox}) // starts it
 //	err = guard.Serve(ctx, srv, listener)
-//	err = workers.Stop(context.Background())                           // the last added first
+//	err = workers.Stop(context.Background()) // the last added first
 //
 // # How a worker ends
 //
@@ -37,7 +37,8 @@
 // contained, such as concurrent writes to a map, or a panic in a goroutine that
 // a worker has started with a plain go statement: use [Go] there.
 //
-// A worker's end affects no other worker. Those that can only live together are
-// one worker, or the workers of a supervisor that is a worker itself, see
-// [Supervisor.Run].
+// A worker's end affects no other worker (OTP's one_for_one). Those that can only
+// live together are the workers of a supervisor that is a worker itself, see
+// [Supervisor.Run]: with an intensity of 0 the first end stops them all, and they
+// start anew together (one_for_all).
 package supervise
