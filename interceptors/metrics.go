@@ -101,7 +101,7 @@ func (m *metrics) close() error { return m.registration.Unregister() }
 
 // waited records a call's time in a queue; calls that did not wait are not in it.
 func (m *metrics) waited(gt *gates, kind string, d time.Duration) {
-	m.wait.Record(context.Background(), d.Seconds(), metric.WithAttributes(append(gt.attributes(), attribute.String("kind", kind))...))
+	m.wait.Record(context.Background(), d.Seconds(), gt.with(attribute.String("kind", kind)))
 }
 
 func (m *metrics) drained(d time.Duration) {
@@ -124,16 +124,15 @@ var (
 	ofRejected = metric.WithAttributeSet(attribute.NewSet(system, attribute.String("result", "rejected")))
 )
 
-func (m *gates) attributes() []attribute.KeyValue {
-	attrs := []attribute.KeyValue{
-		system,
-		attribute.String("rpc.method", strings.TrimPrefix(m.method, "/")),
-		attribute.String("side", m.side.String()),
-	}
+// with is the option for a series of the method: its own attributes, sorted as
+// NewSet wants them, and more.
+func (m *gates) with(more ...attribute.KeyValue) metric.MeasurementOption {
+	attrs := make([]attribute.KeyValue, 0, 8)
 	if m.side == Client {
 		attrs = append(attrs, attribute.String("resilience.target", m.target))
 	}
-	return attrs
+	attrs = append(attrs, attribute.String("rpc.method", strings.TrimPrefix(m.method, "/")), system, attribute.String("side", m.side.String()))
+	return metric.WithAttributeSet(attribute.NewSet(append(attrs, more...)...))
 }
 
 // observe reads every gate's counters.
@@ -153,42 +152,60 @@ func (g *Guard) observe(to metric.Observer, o *observed) {
 }
 
 func (m *gates) observe(to metric.Observer, o *observed, now time.Duration) {
-	common := m.attributes()
-	attrs := func(more ...attribute.KeyValue) metric.MeasurementOption {
-		return metric.WithAttributes(append(common[:len(common):len(common)], more...)...)
+	if m.breaker != nil {
+		m.observeBreaker(to, o, now)
 	}
-	s := m.snapshot(now)
-	to.ObserveInt64(o.decisions, int64(s.Counts.Admitted), attrs(attribute.String("kind", "all"), attribute.String("outcome", "admitted")))
-	for _, r := range reasons {
-		if n := s.Counts.Rejected[r.reason]; n > 0 {
-			to.ObserveInt64(o.decisions, int64(n), attrs(attribute.String("kind", r.kind), attribute.String("outcome", "rejected"), attribute.String("reason", string(r.reason))))
+	to.ObserveInt64(o.decisions, int64(m.counts.admitted.Load()), m.with(attribute.String("kind", "all"), attribute.String("outcome", "admitted")))
+	for i, r := range reasons {
+		if n := m.counts.rejected[i].Load(); n > 0 {
+			to.ObserveInt64(o.decisions, int64(n), m.with(attribute.String("kind", r.kind), attribute.String("outcome", "rejected"), attribute.String("reason", string(r.reason))))
 		}
 	}
-	if b := s.Breaker; b != nil {
-		for _, state := range []breaker.State{breaker.Closed, breaker.Open, breaker.HalfOpen} {
-			is := int64(0)
-			if b.State == state.String() {
-				is = 1
-			}
-			to.ObserveInt64(o.state, is, attrs(attribute.String("state", state.String())))
+	if m.rate == nil && m.unary == nil {
+		return
+	}
+	ofMethod := m.with()
+	if m.rate != nil {
+		available, _ := m.rate.Stats(now)
+		to.ObserveFloat64(o.available, available, ofMethod)
+	}
+	if m.unary != nil {
+		inFlight, streams, queued := m.occupied()
+		to.ObserveInt64(o.inflight, int64(inFlight+streams), ofMethod)
+		l := m.policy.Concurrency
+		if l.MaxInFlight > 0 {
+			to.ObserveInt64(o.limit, int64(l.MaxInFlight), ofMethod)
 		}
-		for out := Success; out <= Dropped; out++ {
-			to.ObserveInt64(o.calls, int64(m.counts.outcomes[out].Load()), attrs(attribute.String("result", out.String())))
+		if l.MaxQueue > 0 {
+			to.ObserveInt64(o.queued, int64(queued), ofMethod)
 		}
-		for i, t := range changes {
-			to.ObserveInt64(o.transitions, int64(m.counts.transitions[i].Load()), attrs(
+	}
+}
+
+// observeBreaker leaves out what is zero until the breaker has opened for the
+// first time: of thousands of methods, most never do. What counts that opening is
+// there from the start, for alerts on its increase.
+func (m *gates) observeBreaker(to metric.Observer, o *observed, now time.Duration) {
+	in := m.breaker.Stats(now).State
+	for _, state := range [...]breaker.State{breaker.Closed, breaker.Open, breaker.HalfOpen} {
+		is := int64(0)
+		if state == in {
+			is = 1
+		}
+		to.ObserveInt64(o.state, is, m.with(attribute.String("state", state.String())))
+	}
+	opened := m.counts.transitions[breaker.ErrorPercent].Load()+m.counts.transitions[breaker.SlowCalls].Load() > 0
+	for out := Success; out <= Dropped; out++ {
+		if n := m.counts.outcomes[out].Load(); n > 0 || opened {
+			to.ObserveInt64(o.calls, int64(n), m.with(attribute.String("result", out.String())))
+		}
+	}
+	for i, t := range changes {
+		opens := t.Cause == breaker.ErrorPercent || t.Cause == breaker.SlowCalls && m.policy.Breaker.SlowCall > 0
+		if n := m.counts.transitions[i].Load(); n > 0 || opened || opens {
+			to.ObserveInt64(o.transitions, int64(n), m.with(
 				attribute.String("from", t.From.String()), attribute.String("to", t.To.String()), attribute.String("cause", t.Cause.String())))
 		}
-	}
-	if r := s.RateLimit; r != nil {
-		to.ObserveFloat64(o.available, r.Available, attrs())
-	}
-	if l := s.ConcurrencyLimit; l != nil {
-		if l.Limit > 0 {
-			to.ObserveInt64(o.limit, int64(l.Limit), attrs())
-		}
-		to.ObserveInt64(o.inflight, int64(l.InFlight+l.Streams), attrs())
-		to.ObserveInt64(o.queued, int64(l.Queued), attrs())
 	}
 }
 

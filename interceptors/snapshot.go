@@ -125,14 +125,21 @@ func (m *gates) snapshot(now time.Duration) MethodSnapshot {
 	}
 	if m.unary != nil {
 		l := &ConcurrencyLimitSnapshot{Limit: m.policy.Concurrency.MaxInFlight}
-		l.InFlight, l.Queued = m.unary.Stats()
-		if m.stream != m.unary {
-			streams, queued := m.stream.Stats()
-			l.Streams, l.Queued = streams, l.Queued+queued
-		}
+		l.InFlight, l.Streams, l.Queued = m.occupied()
 		s.ConcurrencyLimit = l
 	}
 	return s
+}
+
+// occupied returns what the concurrency limit, which the method must have, counts.
+func (m *gates) occupied() (inFlight, streams, queued int) {
+	inFlight, queued = m.unary.Stats()
+	if m.stream != m.unary {
+		ofStreams := 0
+		streams, ofStreams = m.stream.Stats()
+		queued += ofStreams
+	}
+	return inFlight, streams, queued
 }
 
 // snapshot reads outcomes before admissions, so that no call has ended that was

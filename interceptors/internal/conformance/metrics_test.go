@@ -279,6 +279,48 @@ func TestMetricsOfABreaker(t *testing.T) {
 	})
 }
 
+// What never happened to a method has no series, but for the first opening: its
+// increase from nothing would be no increase.
+func TestMetricsOfAHealthyMethodAreFew(t *testing.T) {
+	o := newObserved(t, `
+client:
+  rules:
+    - {methods: ['*'], breaker: {slow_call_threshold: 1h}, concurrency_limit: {max_in_flight: 1}}
+    - {methods: ['/test.v1.Test/Other'], breaker: {}, concurrency_limit: {max_in_flight: 1, max_queue: 1}}`)
+	for _, method := range []string{rpctest.Unary, rpctest.Other} {
+		if err := o.call(method, "fine"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const calls, changes, queued = "resilience_breaker_calls_total", "resilience_breaker_transitions_total", "resilience_concurrency_queued"
+	want := samples{
+		changes + client(unary, "from", "closed", "to", "open", "cause", "slow_calls"): 0,
+		changes + client(other, "from", "closed", "to", "open", "cause", "slow_calls"): -1,
+		queued + client(unary): -1,
+		queued + client(other): 0,
+	}
+	for _, method := range []string{unary, other} {
+		want[calls+client(method, "result", "success")] = 1
+		for _, result := range []string{"failure", "neutral", "dropped"} {
+			want[calls+client(method, "result", result)] = -1
+		}
+		want[changes+client(method, "from", "closed", "to", "open", "cause", "error_percent")] = 0
+		want[changes+client(method, "from", "open", "to", "half_open", "cause", "sleep_window")] = -1
+		want[changes+client(method, "from", "half_open", "to", "closed", "cause", "probe_success")] = -1
+		want[changes+client(method, "from", "half_open", "to", "open", "cause", "probe_failure")] = -1
+		for state, is := range map[string]float64{"closed": 1, "open": 0, "half_open": 0} {
+			want["resilience_breaker_state"+client(method, "state", state)] = is
+		}
+	}
+	o.scrape().expect(t, want)
+
+	_ = o.call(rpctest.Unary, "fail")
+	o.scrape().expect(t, samples{
+		calls + client(unary, "result", "failure"): 1,
+		calls + client(unary, "result", "neutral"): -1,
+	})
+}
+
 func TestMetricsOfLimitsAndQueues(t *testing.T) {
 	o := newObserved(t, `
 client: {rules: [{methods: ['/test.v1.Test/Other'], rate_limit: {requests_per_second: 0.001, burst: 2}}]}
