@@ -156,7 +156,7 @@ func (g *Guard) ServerOptions(extra ...grpc.ServerOption) []grpc.ServerOption {
 // so on, in the order in which their policies first named it. target is the canonical target of
 // the channel (grpc.ClientConn.CanonicalTarget), and ignored for Server; method is
 // the full name, "/pkg.Service/Method". The circuit itself is made when the method
-// is first called. "" if the policy gives the method no breaker with engine hystrix.
+// is first called, or by the Reload that gives it the engine. "" if the policy gives the method no breaker with engine hystrix.
 func (g *Guard) HystrixName(s Side, target, method string) string {
 	if g == nil {
 		return ""

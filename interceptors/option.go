@@ -66,7 +66,7 @@ func (o *options) checkLimiters(s Side, rules []*resiliencev1.MethodPolicy) erro
 	return errors.Join(errs...)
 }
 
-// WithLogger sets where transitions of breakers, panics, drains and panicking
+// WithLogger sets where transitions of breakers, panics, drains, reloads and panicking
 // callbacks are logged; nothing is logged per call. Default: slog.Default() as
 // it is when the guard is made.
 func WithLogger(l *slog.Logger) Option {

@@ -29,10 +29,13 @@ type reloads struct{ applied, rejected atomic.Uint64 }
 //     its place and its max_wait; who would now wait longer than that is rejected.
 //   - A concurrency limit keeps its calls: a lower one admits nobody until enough have
 //     ended, a higher one lets who waits go at once.
-//   - Limits of scope rule are those of the rule that has one of the old rule's patterns.
-//   - Another engine, or another scope, begins anew.
+//   - Limits of scope rule are those of the rule that has such a limit and one of the old
+//     rule's patterns.
+//   - Another engine, another scope, or a block that was not there, begins anew: it does
+//     not know the calls that are under way.
 //   - A limit that is gone lets who waits go at once.
-//   - Counts go on; a method that no rule is for any more loses them with its state.
+//   - Counts go on; a method that is given nothing any more, because no rule is for it or
+//     all of its blocks are disabled, loses them with its state.
 //   - server.drain is read when a drain comes to the phase.
 //
 // Calls that have begun keep their timeout, and end with the gates that they began
