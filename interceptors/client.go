@@ -9,6 +9,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/balance"
 )
 
 // UnaryClientInterceptor guards unary calls, for those who chain by hand;
@@ -41,6 +43,7 @@ func nilGuardStatus() error {
 }
 
 func (g *Guard) unaryClient(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	defer g.lookAtConfig(cc)
 	m := g.client.lookup(cc, method)
 	if m == nil {
 		return invoker(ctx, method, req, reply, cc, opts...)
@@ -96,6 +99,10 @@ func (c *call) withTimeout(ctx context.Context) (context.Context, context.Cancel
 
 func (g *Guard) streamClient(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	m := g.client.lookup(cc, method)
+	if g.balancing.on.Load() {
+		defer g.lookAtConfig(cc)
+		ctx = balance.NewStream(ctx)
+	}
 	if m == nil {
 		return streamer(ctx, desc, cc, method, opts...)
 	}

@@ -35,6 +35,7 @@ type Guard struct {
 	served    []*grpc.Server // by Serve; guarded by reloading
 	reloads   reloads
 	hystrix   atomic.Uint64 // a breaker.HystrixScope; 0: no policy has named engine hystrix
+	balancing balancing
 
 	recovers recovers
 	inflight inflight
@@ -86,6 +87,7 @@ func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
 	}
 	g := &Guard{opts: o, epoch: time.Now(), done: make(chan struct{})}
 	g.nameCircuits(c)
+	g.initBalancing(c)
 	g.client = newSide(g, Client, c.client)
 	g.server = newSide(g, Server, c.server)
 	g.recovers = newRecovers(g)
@@ -99,6 +101,7 @@ func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
 // compiled is a policy that is valid together with a guard's options.
 type compiled struct {
 	client, server *policy.Table
+	balancing      *policy.LoadBalancing // nil: gRPC's own
 	drain          policy.Drain
 	hystrix        bool // a rule names the engine
 }
@@ -111,6 +114,7 @@ func (o *options) compile(p *resiliencev1.Policy) (*compiled, error) {
 		return nil, errors.Join(err, limiters)
 	}
 	c := &compiled{client: policy.NewTable(client), server: policy.NewTable(server), drain: policy.NewDrain(p.GetServer().GetDrain())}
+	c.balancing = policy.NewLoadBalancing(p.GetClient().GetLoadBalancing())
 	c.hystrix = slices.ContainsFunc(slices.Concat(client, server), policy.UsesHystrix)
 	return c, errors.Join(o.fallbacks.check(c.client), limiters)
 }
@@ -127,12 +131,21 @@ func (g *Guard) hystrixScope() breaker.HystrixScope { return breaker.HystrixScop
 // DialOptions returns what grpc.NewClient needs to put the guard around a
 // channel's calls, followed by extra. Ours come first, so the guard is outside
 // of interceptors in extra; to put something outside of the guard, put it
-// before.
+// before. With client.load_balancing there is a default service config among them
+// (grpc.WithDefaultServiceConfig): one that the resolver gives, or one in extra, takes
+// its place, and a warning is logged; grpc.WithDisableServiceConfig in extra ignores the
+// resolver's.
 func (g *Guard) DialOptions(extra ...grpc.DialOption) []grpc.DialOption {
-	return append([]grpc.DialOption{
+	ours := []grpc.DialOption{
 		grpc.WithChainUnaryInterceptor(g.UnaryClientInterceptor()),
 		grpc.WithChainStreamInterceptor(g.StreamClientInterceptor()),
-	}, extra...)
+	}
+	if g != nil {
+		if config := g.balancing.dialOption(&g.reloading); config != nil {
+			ours = append(ours, config)
+		}
+	}
+	return append(ours, extra...)
 }
 
 // ServerOptions returns what grpc.NewServer needs to put the guard around a

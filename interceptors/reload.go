@@ -71,7 +71,7 @@ func (g *Guard) reload(p *resiliencev1.Policy) (refused map[*gates]error, err er
 	if err != nil {
 		return nil, err
 	}
-	var errs []error
+	errs := []error{g.balancing.reloadable(c)}
 	for _, srv := range g.served {
 		errs = append(errs, checkMethods(c.server, srv))
 	}
@@ -80,6 +80,7 @@ func (g *Guard) reload(p *resiliencev1.Policy) (refused map[*gates]error, err er
 	}
 	g.nameCircuits(c)
 	g.drain.policy.Store(&c.drain)
+	g.balancing.reload(c)
 	refused = map[*gates]error{}
 	g.client.reload(c.client, refused)
 	g.server.reload(c.server, refused)

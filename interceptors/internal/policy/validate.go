@@ -39,7 +39,12 @@ type validator struct {
 }
 
 func (v *validator) policy(p *resiliencev1.Policy) {
-	v.in("client", func() { v.rules(p.GetClient().GetRules()) })
+	v.in("client", func() {
+		v.rules(p.GetClient().GetRules())
+		if b := p.GetClient().GetLoadBalancing(); b != nil {
+			v.in("load_balancing", func() { v.loadBalancing(b) })
+		}
+	})
 	v.in("server", func() {
 		v.rules(p.GetServer().GetRules())
 		v.in("drain", func() { v.drain(p.GetServer().GetDrain()) })

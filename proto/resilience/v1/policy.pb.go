@@ -191,6 +191,56 @@ func (RateLimit_Algorithm) EnumDescriptor() ([]byte, []int) {
 	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{5, 0}
 }
 
+// Policy is the name of a balancer.
+type LoadBalancing_Policy int32
+
+const (
+	// The same as POLICY_RESILIENCE_P2C.
+	LoadBalancing_POLICY_UNSPECIFIED LoadBalancing_Policy = 0
+	// Of two endpoints drawn at random, the one that is expected to answer
+	// sooner: calls in flight times latency (peak EWMA).
+	LoadBalancing_POLICY_RESILIENCE_P2C LoadBalancing_Policy = 1
+)
+
+// Enum value maps for LoadBalancing_Policy.
+var (
+	LoadBalancing_Policy_name = map[int32]string{
+		0: "POLICY_UNSPECIFIED",
+		1: "POLICY_RESILIENCE_P2C",
+	}
+	LoadBalancing_Policy_value = map[string]int32{
+		"POLICY_UNSPECIFIED":    0,
+		"POLICY_RESILIENCE_P2C": 1,
+	}
+)
+
+func (x LoadBalancing_Policy) Enum() *LoadBalancing_Policy {
+	p := new(LoadBalancing_Policy)
+	*p = x
+	return p
+}
+
+func (x LoadBalancing_Policy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (LoadBalancing_Policy) Descriptor() protoreflect.EnumDescriptor {
+	return file_resilience_v1_policy_proto_enumTypes[3].Descriptor()
+}
+
+func (LoadBalancing_Policy) Type() protoreflect.EnumType {
+	return &file_resilience_v1_policy_proto_enumTypes[3]
+}
+
+func (x LoadBalancing_Policy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use LoadBalancing_Policy.Descriptor instead.
+func (LoadBalancing_Policy) EnumDescriptor() ([]byte, []int) {
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{7, 0}
+}
+
 // Policy is everything that one guard enforces.
 type Policy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -252,7 +302,10 @@ type ClientPolicy struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// At most 10,000 rules. Their order has no meaning: the most specific pattern
 	// that has a block gives that block.
-	Rules         []*MethodPolicy `protobuf:"bytes,1,rep,name=rules,proto3" json:"rules,omitempty"`
+	Rules []*MethodPolicy `protobuf:"bytes,1,rep,name=rules,proto3" json:"rules,omitempty"`
+	// How calls are spread over the endpoints of a target. Unset: as gRPC does
+	// without it.
+	LoadBalancing *LoadBalancing `protobuf:"bytes,2,opt,name=load_balancing,json=loadBalancing,proto3" json:"load_balancing,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -290,6 +343,13 @@ func (*ClientPolicy) Descriptor() ([]byte, []int) {
 func (x *ClientPolicy) GetRules() []*MethodPolicy {
 	if x != nil {
 		return x.Rules
+	}
+	return nil
+}
+
+func (x *ClientPolicy) GetLoadBalancing() *LoadBalancing {
+	if x != nil {
+		return x.LoadBalancing
 	}
 	return nil
 }
@@ -829,6 +889,74 @@ func (x *ConcurrencyLimit) GetDisabled() bool {
 	return false
 }
 
+// LoadBalancing spreads the calls of a channel over the endpoints that its
+// resolver found. It is in the channel's default service config, so it is as it
+// was when the channel was made; its parameters can be reloaded.
+type LoadBalancing struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Default: resilience_p2c.
+	Policy LoadBalancing_Policy `protobuf:"varint,1,opt,name=policy,proto3,enum=resilience.v1.LoadBalancing_Policy" json:"policy,omitempty"`
+	// Time constant in which an observed latency, or the memory of a failure, fades.
+	// Default: 2s. Range: 10ms to 1h.
+	Decay *durationpb.Duration `protobuf:"bytes,2,opt,name=decay,proto3" json:"decay,omitempty"`
+	// The share of an endpoint that is new to the list grows to a full one over
+	// this time. Default: 10s. Range: 0s (at once) to 1h.
+	SlowStart     *durationpb.Duration `protobuf:"bytes,3,opt,name=slow_start,json=slowStart,proto3" json:"slow_start,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LoadBalancing) Reset() {
+	*x = LoadBalancing{}
+	mi := &file_resilience_v1_policy_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LoadBalancing) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LoadBalancing) ProtoMessage() {}
+
+func (x *LoadBalancing) ProtoReflect() protoreflect.Message {
+	mi := &file_resilience_v1_policy_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LoadBalancing.ProtoReflect.Descriptor instead.
+func (*LoadBalancing) Descriptor() ([]byte, []int) {
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *LoadBalancing) GetPolicy() LoadBalancing_Policy {
+	if x != nil {
+		return x.Policy
+	}
+	return LoadBalancing_POLICY_UNSPECIFIED
+}
+
+func (x *LoadBalancing) GetDecay() *durationpb.Duration {
+	if x != nil {
+		return x.Decay
+	}
+	return nil
+}
+
+func (x *LoadBalancing) GetSlowStart() *durationpb.Duration {
+	if x != nil {
+		return x.SlowStart
+	}
+	return nil
+}
+
 // Drain is how a server stops: announce, then grace, then cut.
 type Drain struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -850,7 +978,7 @@ type Drain struct {
 
 func (x *Drain) Reset() {
 	*x = Drain{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[7]
+	mi := &file_resilience_v1_policy_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -862,7 +990,7 @@ func (x *Drain) String() string {
 func (*Drain) ProtoMessage() {}
 
 func (x *Drain) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[7]
+	mi := &file_resilience_v1_policy_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -875,7 +1003,7 @@ func (x *Drain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drain.ProtoReflect.Descriptor instead.
 func (*Drain) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{7}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Drain) GetAnnounce() *durationpb.Duration {
@@ -913,9 +1041,10 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"\x1aresilience/v1/policy.proto\x12\rresilience.v1\x1a\x1egoogle/protobuf/duration.proto\"r\n" +
 	"\x06Policy\x123\n" +
 	"\x06client\x18\x01 \x01(\v2\x1b.resilience.v1.ClientPolicyR\x06client\x123\n" +
-	"\x06server\x18\x02 \x01(\v2\x1b.resilience.v1.ServerPolicyR\x06server\"A\n" +
+	"\x06server\x18\x02 \x01(\v2\x1b.resilience.v1.ServerPolicyR\x06server\"\x86\x01\n" +
 	"\fClientPolicy\x121\n" +
-	"\x05rules\x18\x01 \x03(\v2\x1b.resilience.v1.MethodPolicyR\x05rules\"m\n" +
+	"\x05rules\x18\x01 \x03(\v2\x1b.resilience.v1.MethodPolicyR\x05rules\x12C\n" +
+	"\x0eload_balancing\x18\x02 \x01(\v2\x1c.resilience.v1.LoadBalancingR\rloadBalancing\"m\n" +
 	"\fServerPolicy\x121\n" +
 	"\x05rules\x18\x01 \x03(\v2\x1b.resilience.v1.MethodPolicyR\x05rules\x12*\n" +
 	"\x05drain\x18\x02 \x01(\v2\x14.resilience.v1.DrainR\x05drain\"\xae\x03\n" +
@@ -973,7 +1102,15 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"\x05scope\x18\x05 \x01(\x0e2\x14.resilience.v1.ScopeR\x05scope\x12\x1a\n" +
 	"\bdisabled\x18\x06 \x01(\bR\bdisabledB\x10\n" +
 	"\x0e_max_in_flightB\x0e\n" +
-	"\f_max_streams\"\xbb\x01\n" +
+	"\f_max_streams\"\xf4\x01\n" +
+	"\rLoadBalancing\x12;\n" +
+	"\x06policy\x18\x01 \x01(\x0e2#.resilience.v1.LoadBalancing.PolicyR\x06policy\x12/\n" +
+	"\x05decay\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05decay\x128\n" +
+	"\n" +
+	"slow_start\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\tslowStart\";\n" +
+	"\x06Policy\x12\x16\n" +
+	"\x12POLICY_UNSPECIFIED\x10\x00\x12\x19\n" +
+	"\x15POLICY_RESILIENCE_P2C\x10\x01\"\xbb\x01\n" +
 	"\x05Drain\x125\n" +
 	"\bannounce\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\bannounce\x12/\n" +
 	"\x05grace\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05grace\x12+\n" +
@@ -998,53 +1135,59 @@ func file_resilience_v1_policy_proto_rawDescGZIP() []byte {
 	return file_resilience_v1_policy_proto_rawDescData
 }
 
-var file_resilience_v1_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_resilience_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_resilience_v1_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_resilience_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_resilience_v1_policy_proto_goTypes = []any{
 	(Scope)(0),                  // 0: resilience.v1.Scope
 	(Breaker_Engine)(0),         // 1: resilience.v1.Breaker.Engine
 	(RateLimit_Algorithm)(0),    // 2: resilience.v1.RateLimit.Algorithm
-	(*Policy)(nil),              // 3: resilience.v1.Policy
-	(*ClientPolicy)(nil),        // 4: resilience.v1.ClientPolicy
-	(*ServerPolicy)(nil),        // 5: resilience.v1.ServerPolicy
-	(*MethodPolicy)(nil),        // 6: resilience.v1.MethodPolicy
-	(*Breaker)(nil),             // 7: resilience.v1.Breaker
-	(*RateLimit)(nil),           // 8: resilience.v1.RateLimit
-	(*ConcurrencyLimit)(nil),    // 9: resilience.v1.ConcurrencyLimit
-	(*Drain)(nil),               // 10: resilience.v1.Drain
-	(*durationpb.Duration)(nil), // 11: google.protobuf.Duration
+	(LoadBalancing_Policy)(0),   // 3: resilience.v1.LoadBalancing.Policy
+	(*Policy)(nil),              // 4: resilience.v1.Policy
+	(*ClientPolicy)(nil),        // 5: resilience.v1.ClientPolicy
+	(*ServerPolicy)(nil),        // 6: resilience.v1.ServerPolicy
+	(*MethodPolicy)(nil),        // 7: resilience.v1.MethodPolicy
+	(*Breaker)(nil),             // 8: resilience.v1.Breaker
+	(*RateLimit)(nil),           // 9: resilience.v1.RateLimit
+	(*ConcurrencyLimit)(nil),    // 10: resilience.v1.ConcurrencyLimit
+	(*LoadBalancing)(nil),       // 11: resilience.v1.LoadBalancing
+	(*Drain)(nil),               // 12: resilience.v1.Drain
+	(*durationpb.Duration)(nil), // 13: google.protobuf.Duration
 }
 var file_resilience_v1_policy_proto_depIdxs = []int32{
-	4,  // 0: resilience.v1.Policy.client:type_name -> resilience.v1.ClientPolicy
-	5,  // 1: resilience.v1.Policy.server:type_name -> resilience.v1.ServerPolicy
-	6,  // 2: resilience.v1.ClientPolicy.rules:type_name -> resilience.v1.MethodPolicy
-	6,  // 3: resilience.v1.ServerPolicy.rules:type_name -> resilience.v1.MethodPolicy
-	10, // 4: resilience.v1.ServerPolicy.drain:type_name -> resilience.v1.Drain
-	7,  // 5: resilience.v1.MethodPolicy.breaker:type_name -> resilience.v1.Breaker
-	8,  // 6: resilience.v1.MethodPolicy.rate_limit:type_name -> resilience.v1.RateLimit
-	9,  // 7: resilience.v1.MethodPolicy.concurrency_limit:type_name -> resilience.v1.ConcurrencyLimit
-	11, // 8: resilience.v1.MethodPolicy.timeout:type_name -> google.protobuf.Duration
-	11, // 9: resilience.v1.MethodPolicy.stream_timeout:type_name -> google.protobuf.Duration
-	11, // 10: resilience.v1.MethodPolicy.minimum_budget:type_name -> google.protobuf.Duration
-	1,  // 11: resilience.v1.Breaker.engine:type_name -> resilience.v1.Breaker.Engine
-	11, // 12: resilience.v1.Breaker.window:type_name -> google.protobuf.Duration
-	11, // 13: resilience.v1.Breaker.sleep_window:type_name -> google.protobuf.Duration
-	11, // 14: resilience.v1.Breaker.max_sleep_window:type_name -> google.protobuf.Duration
-	11, // 15: resilience.v1.Breaker.min_deadline:type_name -> google.protobuf.Duration
-	11, // 16: resilience.v1.Breaker.slow_call_threshold:type_name -> google.protobuf.Duration
-	2,  // 17: resilience.v1.RateLimit.algorithm:type_name -> resilience.v1.RateLimit.Algorithm
-	11, // 18: resilience.v1.RateLimit.max_wait:type_name -> google.protobuf.Duration
-	0,  // 19: resilience.v1.RateLimit.scope:type_name -> resilience.v1.Scope
-	11, // 20: resilience.v1.ConcurrencyLimit.max_queue_wait:type_name -> google.protobuf.Duration
-	0,  // 21: resilience.v1.ConcurrencyLimit.scope:type_name -> resilience.v1.Scope
-	11, // 22: resilience.v1.Drain.announce:type_name -> google.protobuf.Duration
-	11, // 23: resilience.v1.Drain.grace:type_name -> google.protobuf.Duration
-	11, // 24: resilience.v1.Drain.cut:type_name -> google.protobuf.Duration
-	25, // [25:25] is the sub-list for method output_type
-	25, // [25:25] is the sub-list for method input_type
-	25, // [25:25] is the sub-list for extension type_name
-	25, // [25:25] is the sub-list for extension extendee
-	0,  // [0:25] is the sub-list for field type_name
+	5,  // 0: resilience.v1.Policy.client:type_name -> resilience.v1.ClientPolicy
+	6,  // 1: resilience.v1.Policy.server:type_name -> resilience.v1.ServerPolicy
+	7,  // 2: resilience.v1.ClientPolicy.rules:type_name -> resilience.v1.MethodPolicy
+	11, // 3: resilience.v1.ClientPolicy.load_balancing:type_name -> resilience.v1.LoadBalancing
+	7,  // 4: resilience.v1.ServerPolicy.rules:type_name -> resilience.v1.MethodPolicy
+	12, // 5: resilience.v1.ServerPolicy.drain:type_name -> resilience.v1.Drain
+	8,  // 6: resilience.v1.MethodPolicy.breaker:type_name -> resilience.v1.Breaker
+	9,  // 7: resilience.v1.MethodPolicy.rate_limit:type_name -> resilience.v1.RateLimit
+	10, // 8: resilience.v1.MethodPolicy.concurrency_limit:type_name -> resilience.v1.ConcurrencyLimit
+	13, // 9: resilience.v1.MethodPolicy.timeout:type_name -> google.protobuf.Duration
+	13, // 10: resilience.v1.MethodPolicy.stream_timeout:type_name -> google.protobuf.Duration
+	13, // 11: resilience.v1.MethodPolicy.minimum_budget:type_name -> google.protobuf.Duration
+	1,  // 12: resilience.v1.Breaker.engine:type_name -> resilience.v1.Breaker.Engine
+	13, // 13: resilience.v1.Breaker.window:type_name -> google.protobuf.Duration
+	13, // 14: resilience.v1.Breaker.sleep_window:type_name -> google.protobuf.Duration
+	13, // 15: resilience.v1.Breaker.max_sleep_window:type_name -> google.protobuf.Duration
+	13, // 16: resilience.v1.Breaker.min_deadline:type_name -> google.protobuf.Duration
+	13, // 17: resilience.v1.Breaker.slow_call_threshold:type_name -> google.protobuf.Duration
+	2,  // 18: resilience.v1.RateLimit.algorithm:type_name -> resilience.v1.RateLimit.Algorithm
+	13, // 19: resilience.v1.RateLimit.max_wait:type_name -> google.protobuf.Duration
+	0,  // 20: resilience.v1.RateLimit.scope:type_name -> resilience.v1.Scope
+	13, // 21: resilience.v1.ConcurrencyLimit.max_queue_wait:type_name -> google.protobuf.Duration
+	0,  // 22: resilience.v1.ConcurrencyLimit.scope:type_name -> resilience.v1.Scope
+	3,  // 23: resilience.v1.LoadBalancing.policy:type_name -> resilience.v1.LoadBalancing.Policy
+	13, // 24: resilience.v1.LoadBalancing.decay:type_name -> google.protobuf.Duration
+	13, // 25: resilience.v1.LoadBalancing.slow_start:type_name -> google.protobuf.Duration
+	13, // 26: resilience.v1.Drain.announce:type_name -> google.protobuf.Duration
+	13, // 27: resilience.v1.Drain.grace:type_name -> google.protobuf.Duration
+	13, // 28: resilience.v1.Drain.cut:type_name -> google.protobuf.Duration
+	29, // [29:29] is the sub-list for method output_type
+	29, // [29:29] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_resilience_v1_policy_proto_init() }
@@ -1060,8 +1203,8 @@ func file_resilience_v1_policy_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_resilience_v1_policy_proto_rawDesc), len(file_resilience_v1_policy_proto_rawDesc)),
-			NumEnums:      3,
-			NumMessages:   8,
+			NumEnums:      4,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

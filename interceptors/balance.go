@@ -1,0 +1,158 @@
+package interceptors
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
+	"google.golang.org/grpc/status"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/balance"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
+)
+
+// balancing is what a guard has of its channels' load balancing.
+type balancing struct {
+	group *balance.Group
+
+	on      atomic.Bool                     // DialOptions has given a service config
+	looked  atomic.Pointer[grpc.ClientConn] // the channel whose service config was looked at last
+	mu      sync.Mutex
+	ignored map[string]bool // targets of which it was logged that another config is in force; guarded by mu
+
+	// Guarded by Guard.reloading.
+	config string // the channels' service config; "": none
+	given  bool   // DialOptions has given it
+}
+
+// maxIgnored bounds what is kept, and logged, of targets with a service config of their own.
+const maxIgnored = 1000
+
+func (g *Guard) initBalancing(c *compiled) {
+	b := &g.balancing
+	b.ignored = map[string]bool{}
+	b.group = balance.NewGroup(balanceSettings(c.balancing), balance.Hooks{
+		Now:    g.now,
+		Judge:  g.judgeAttempt,
+		Closed: func() { b.looked.Store(nil) },
+	})
+	b.config = b.serviceConfig(c)
+}
+
+// balanceSettings are those of a policy; nil: it has none, and no balancer will ask.
+func balanceSettings(p *policy.LoadBalancing) balance.Settings {
+	if p == nil {
+		return balance.Settings{}
+	}
+	return balance.Settings{Decay: p.Decay, SlowStart: p.SlowStart}
+}
+
+// serviceConfig is the default service config of the guard's channels. The first item of
+// methodConfig is a mark, for a service that nobody has: see lookAtConfig.
+func (b *balancing) serviceConfig(c *compiled) string {
+	if c.balancing == nil {
+		return ""
+	}
+	var s strings.Builder
+	fmt.Fprintf(&s, `{"methodConfig":[{"name":[{"service":%q}],"maxRequestMessageBytes":%d}]`, b.mark(), b.group.Number())
+	fmt.Fprintf(&s, `,"loadBalancingConfig":[%s]}`, b.group.Config())
+	return s.String()
+}
+
+func (b *balancing) mark() string { return fmt.Sprintf("grpc.resilience.guard%d", b.group.Number()) }
+
+// reloadable returns an error if the policy would need another service config than the
+// channels were given. The caller holds Guard.reloading.
+func (b *balancing) reloadable(c *compiled) error {
+	if b.given && b.serviceConfig(c) != b.config {
+		return fmt.Errorf("client.load_balancing: found it where it was not, or not where it was, " +
+			"allowed only before DialOptions: a channel keeps the service config that it was made with")
+	}
+	return nil
+}
+
+// reload sets the parameters of living balancers. The caller holds Guard.reloading.
+func (b *balancing) reload(c *compiled) {
+	b.config = b.serviceConfig(c)
+	b.group.Set(balanceSettings(c.balancing))
+}
+
+// dialOption returns nil if the policy needs no service config.
+func (b *balancing) dialOption(reloading *sync.Mutex) grpc.DialOption {
+	reloading.Lock()
+	defer reloading.Unlock()
+	b.given = true
+	if b.config == "" {
+		return nil
+	}
+	b.on.Store(true)
+	return grpc.WithDefaultServiceConfig(b.config)
+}
+
+// lookAtConfig warns, once a target, when a channel has another service config than the
+// guard's: the resolver's wins over a default one, and the last default one over those
+// before. It is called after calls; a channel that has been looked at costs two loads.
+func (g *Guard) lookAtConfig(cc *grpc.ClientConn) {
+	b := &g.balancing
+	if !b.on.Load() || cc == nil || b.looked.Load() == cc || cc.GetState() != connectivity.Ready {
+		return
+	}
+	b.looked.Store(cc)
+	if c := cc.GetMethodConfig("/" + b.mark() + "/"); c.MaxReqSize != nil && uint64(*c.MaxReqSize) == b.group.Number() {
+		return
+	}
+	target := cc.CanonicalTarget()
+	b.mu.Lock()
+	again := b.ignored[target] || len(b.ignored) >= maxIgnored
+	b.ignored[target] = true
+	b.mu.Unlock()
+	if !again {
+		g.log(slog.LevelWarn, "the channel has another service config than the guard's: client.load_balancing is not in force",
+			slog.String("target", target), slog.String("cause", "its resolver gives one (grpc.WithDisableServiceConfig ignores that), or a later dial option does"))
+	}
+}
+
+// minAttemptDeadline is the breaker's default of min_deadline.
+const minAttemptDeadline = 50 * time.Millisecond
+
+// judgeAttempt applies the rules of Outcome, as far as they hold for one attempt of a
+// call, to the endpoint that it was made at. Every RESOURCE_EXHAUSTED but that of a
+// message's size is a rejection here.
+func (g *Guard) judgeAttempt(ctx context.Context, method string, err error, had time.Duration) balance.Verdict {
+	st, _ := status.FromError(err)
+	code := st.Code()
+	switch {
+	case code == codes.Canceled, cancelled(ctx), tooLarge(code, st.Message()), unmarshalled(code, st.Message()),
+		code == codes.Unavailable && strings.Contains(st.Message(), drainedMessage):
+		return balance.Neutral
+	case code == codes.DeadlineExceeded && had < minAttemptDeadline:
+		return balance.Neutral
+	}
+	if info, _ := ownDetails(st); info != nil {
+		switch Reason(info.GetReason()) {
+		case ReasonRateLimited, ReasonConcurrencyLimited, ReasonQueueTimeout:
+			return balance.Shed
+		case ReasonDraining, ReasonBudgetTooSmall:
+			return balance.Neutral
+		case ReasonBreakerOpen:
+			return balance.Failure
+		}
+	}
+	switch {
+	case policy.DefaultFailureCodes&(1<<code) != 0:
+		return balance.Failure
+	case code == codes.ResourceExhausted:
+		return balance.Shed
+	}
+	return balance.Success
+}
+
+// drainedMessage is in what gRPC says of a stream that a GOAWAY came before.
+const drainedMessage = "draining"

@@ -1,0 +1,290 @@
+package balance
+
+import (
+	"context"
+	"fmt"
+	"runtime"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/balancer"
+)
+
+const (
+	ms  = time.Millisecond
+	sec = time.Second
+)
+
+func settings() Settings { return Settings{Decay: 2 * sec, SlowStart: 10 * sec} }
+
+// eachLoad is few and many calls, for as long as it takes to count.
+func eachLoad(t *testing.T, f func(t *testing.T, every, during time.Duration)) {
+	for _, every := range []time.Duration{20 * ms, ms, ms / 4} {
+		t.Run(every.String(), func(t *testing.T) { f(t, every, max(1000*every, 5*sec)) })
+	}
+}
+
+func TestEven(t *testing.T) {
+	eachLoad(t, func(t *testing.T, every, during time.Duration) {
+		for _, n := range []int{2, 10, 200} {
+			m := newSim(t, settings(), n, takes(10*ms))
+			m.run(every, sec)
+			m.reset()
+			m.run(every, during)
+			for _, name := range m.list[:min(n, 10)] {
+				m.wantShare(name, 0.4/float64(n), 1.8/float64(n))
+			}
+		}
+	})
+}
+
+// One of ten is ten times slower: it gets no more than a fifth of its share, and when it
+// has healed its share.
+func TestSlow(t *testing.T) {
+	eachLoad(t, func(t *testing.T, every, during time.Duration) {
+		for _, n := range []int{2, 10} {
+			m := newSim(t, settings(), n, takes(10*ms))
+			m.server["e000"] = takes(100 * ms)
+			m.run(every, sec)
+			m.reset()
+			m.run(every, during)
+			m.wantShare("e000", 0, 0.2/float64(n))
+			m.server["e000"] = takes(10 * ms)
+			m.run(every, 8*sec)
+			m.reset()
+			m.run(every, during)
+			m.wantShare("e000", 0.75/float64(n), 2)
+		}
+	})
+}
+
+// Who fails or rejects at once is fast, and not attractive for it.
+func TestFailsFast(t *testing.T) {
+	for _, err := range []error{errDown, errFull} {
+		t.Run(err.Error(), func(t *testing.T) {
+			eachLoad(t, func(t *testing.T, every, during time.Duration) {
+				m := newSim(t, settings(), 10, takes(10*ms))
+				m.run(every, 2*sec)
+				m.server["e000"] = fails(err)
+				m.run(every, 2*sec)
+				m.reset()
+				m.run(every, 4*during)
+				if part := float64(m.errs) / float64(m.calls); part > 0.01 {
+					t.Errorf("%.4f of the calls failed after 2s", part)
+				}
+				m.server["e000"] = takes(10 * ms)
+				m.run(every, 10*sec)
+				m.reset()
+				m.run(every, during)
+				m.wantShare("e000", 0.075, 1)
+			})
+		})
+	}
+}
+
+// A new endpoint that has only ever rejected does not look new, whatever the others take.
+func TestFailsFromTheStart(t *testing.T) {
+	for _, d := range []time.Duration{ms / 10, 10 * ms, sec / 2} {
+		m := newSim(t, settings(), 1, takes(d))
+		m.run(10*ms, 5*sec)
+		m.server["new"] = fails(errFull)
+		m.resolve("e000", "new")
+		m.run(10*ms, sec)
+		m.reset()
+		m.run(10*ms, 60*sec)
+		m.wantShare("new", 0, 0.02)
+	}
+}
+
+// A black hole holds its calls until their deadline: what it was does not fade meanwhile.
+func TestBlackHole(t *testing.T) {
+	m := newSim(t, settings(), 10, takes(10*ms))
+	m.run(ms, sec)
+	m.server["e000"] = takes(time.Hour)
+	m.reset()
+	m.run(ms, 20*sec)
+	m.wantShare("e000", 0, 0.003)
+
+	// One that holds calls without a deadline.
+	e := m.endpoint("e001")
+	e.inFlight.Add(10)
+	before := e.cost(m.now, 2*sec, 0)
+	if after := e.cost(m.now+time.Hour, 2*sec, 0); after != before {
+		t.Errorf("its cost was %v, is %v", before, after)
+	}
+}
+
+func TestSlowStart(t *testing.T) {
+	m := newSim(t, settings(), 4, takes(10*ms))
+	m.run(ms, sec)
+	m.wantShare("e000", 0.15, 0.35) // they are not new, the client is
+	m.server["new"] = takes(10 * ms)
+	m.resolve(append(m.list, "new")...)
+	for _, want := range []float64{0.01 + 0.02, 0.06, 0.1, 0.14, 0.18, 0.2, 0.2} {
+		m.reset()
+		m.run(ms, 2*sec)
+		m.wantShare("new", want-0.035, want+0.05)
+	}
+	m.server["new"] = nil // it loses its connection, and finds it again
+	m.connect()
+	m.run(ms, sec)
+	m.server["new"] = takes(10 * ms)
+	m.connect()
+	m.run(ms, sec)
+	m.reset()
+	m.run(ms, 4*sec)
+	m.wantShare("new", 0.15, 0.25)
+}
+
+// Prequal's rule: an endpoint with far more in flight than others is passed over, however
+// fast it was.
+func TestHot(t *testing.T) {
+	m := newSim(t, settings(), 5, takes(100*ms))
+	m.server["e000"] = takes(ms)
+	m.run(10*ms, 5*sec)
+	m.endpoint("e000").inFlight.Add(40) // streams
+	m.until(m.now + sec)
+	m.reset()
+	m.run(10*ms, 5*sec)
+	m.wantShare("e000", 0, 0.02)
+	for _, e := range m.picker.ready { // and the one with the fewest, when all are
+		if e.address != "e000" {
+			e.inFlight.Add(60)
+		}
+	}
+	m.picker.pool.survey.hot.Store(10)
+	if !m.picker.better(m.endpoint("e000"), m.endpoint("e001"), m.now, m.group.settings.Load()) {
+		t.Error("of two hot ones the one with more in flight is better")
+	}
+}
+
+// A hot endpoint is better than one that fails, which is cold because nobody goes there.
+func TestHotBesideOneThatFails(t *testing.T) {
+	m := newSim(t, settings(), 3, takes(10*ms))
+	m.server["e000"] = fails(errFull)
+	m.run(ms, 10*sec)
+	m.reset()
+	for range 200 { // a burst
+		_, _ = m.call(context.Background())
+	}
+	m.wantShare("e000", 0, 0.05)
+}
+
+// Who comes back after a failure goes elsewhere.
+func TestRetryGoesElsewhere(t *testing.T) {
+	m := newSim(t, settings(), 3, takes(10*ms))
+	for range 300 {
+		ctx, cancel := context.WithCancel(NewRetried(t.Context()))
+		first, _ := m.call(ctx)
+		if second, _ := m.call(ctx); second == first {
+			t.Fatalf("twice at %s", first)
+		}
+		cancel()
+		m.until(m.now + ms)
+	}
+	m.resolve("e000")
+	ctx := NewRetried(t.Context())
+	_, _ = m.call(ctx)
+	if name, err := m.call(ctx); name != "e000" {
+		t.Errorf("the only endpoint is not tried again: %v", err)
+	}
+}
+
+// What says nothing about an endpoint changes nothing.
+func TestNeutral(t *testing.T) {
+	m := newSim(t, settings(), 1, takes(10*ms))
+	m.run(ms, sec)
+	m.until(m.now + sec)
+	e := m.endpoint("e000")
+	peak, mean := load(&e.peak), load(&e.mean)
+	for _, info := range []balancer.DoneInfo{{}, {Err: errDown}, {Err: context.Canceled, BytesSent: true}} {
+		r, _ := m.picker.Pick(balancer.PickInfo{Ctx: t.Context()})
+		m.now += time.Minute
+		r.Done(info)
+	}
+	r, _ := m.picker.Pick(balancer.PickInfo{Ctx: NewStream(t.Context())})
+	m.now += time.Hour
+	r.Done(balancer.DoneInfo{BytesSent: true})
+	if load(&e.peak) != peak || load(&e.mean) != mean || e.inFlight.Load() != 0 {
+		t.Errorf("peak %v, mean %v, %d in flight", load(&e.peak), load(&e.mean), e.inFlight.Load())
+	}
+}
+
+// Addresses that come and go for a day leave nothing.
+func TestAddressesComeAndGo(t *testing.T) {
+	m := newSim(t, settings(), 3, takes(10*ms))
+	for i := range 24 * 60 {
+		name := fmt.Sprintf("new%d", i)
+		m.server[name] = takes(10 * ms)
+		m.resolve("e000", "e001", name)
+		m.run(sec, 10*sec)
+		m.until(m.now + 50*sec)
+		delete(m.server, name)
+	}
+	if n := m.pool.endpoints.Len(); n != 3 {
+		t.Errorf("%d endpoints are kept", n)
+	}
+	m.group.forget(m.pool)
+	if len(m.group.pools) != 0 {
+		t.Error("the closed pool is kept")
+	}
+}
+
+// A group that nobody refers to any more is not in the table.
+func TestGroupsAreForgotten(t *testing.T) {
+	number := NewGroup(settings(), Hooks{}).number
+	for range 100 {
+		runtime.GC()
+		if _, ok := groups.Load(number); !ok {
+			return
+		}
+		time.Sleep(ms)
+	}
+	t.Error("the group is kept")
+}
+
+func TestPickDoesNotAllocate(t *testing.T) {
+	for _, n := range []int{2, 10, 1000} {
+		pick := picks(t, n)
+		if got := testing.AllocsPerRun(1000, pick); got != 0 {
+			t.Errorf("a pick among %d: %v allocations", n, got)
+		}
+	}
+}
+
+// picks is a pick and its end.
+func picks(tb testing.TB, n int) func() {
+	m := newSim(tb, settings(), n, takes(10*ms))
+	m.run(ms, 2*sec)
+	ctx, began := context.Background(), time.Now()
+	m.group.hooks.Now = func() time.Duration { return m.now + time.Since(began) }
+	return func() {
+		r, err := m.picker.Pick(balancer.PickInfo{Ctx: ctx})
+		if err != nil {
+			tb.Fatal(err)
+		}
+		r.Done(balancer.DoneInfo{BytesSent: true})
+	}
+}
+
+func BenchmarkPick(b *testing.B) {
+	for _, n := range []int{2, 10, 1000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			pick := picks(b, n)
+			b.ReportAllocs()
+			for b.Loop() {
+				pick()
+			}
+		})
+	}
+}
+
+func BenchmarkPickParallel(b *testing.B) {
+	pick := picks(b, 10)
+	b.ReportAllocs()
+	b.RunParallel(func(pb *testing.PB) {
+		for pb.Next() {
+			pick()
+		}
+	})
+}

@@ -1,0 +1,119 @@
+package balance
+
+import (
+	"math"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/resolver"
+)
+
+// endpoint is the state of one endpoint. Picks read it without a lock.
+type endpoint struct {
+	address string
+	old     bool         // was in the channel's first list: no slow start
+	ready   bool         // has a connection; guarded by pool.mu
+	begun   atomic.Int64 // when it first had a connection; 0: not yet
+
+	inFlight atomic.Int64
+	failing  atomic.Bool // the attempt that ended last did not succeed
+
+	// The peak-EWMA of its latency in nanoseconds, and when that was; written under mu. A
+	// reader may see a new one with an old time: it has then faded a little too much.
+	peak  atomic.Uint64 // bits of a float64; 0: nothing is known
+	since atomic.Int64
+	mu    sync.Mutex
+	mean  atomic.Uint64 // bits of a float64: the EWMA of successful calls, for people and as a measure for others
+}
+
+func newEndpoint(r resolver.Endpoint, old bool) *endpoint {
+	names := make([]string, len(r.Addresses))
+	for i, a := range r.Addresses {
+		names[i] = a.Addr
+	}
+	return &endpoint{address: strings.Join(names, ","), old: old}
+}
+
+// observe takes the latency of an attempt that succeeded, in the way of Finagle's
+// PeakEwma (com.twitter.finagle.loadbalancer.PeakEwma): a longer one counts at once, a
+// shorter one by the time since the last one, 1 - exp(-t/decay).
+func (e *endpoint) observe(now, latency, decay time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	v, old := float64(max(latency, 1)), load(&e.peak)
+	keep := fade(now-time.Duration(e.since.Load()), decay)
+	if mean := load(&e.mean); mean > 0 {
+		store(&e.mean, mean*keep+v*(1-keep))
+	} else {
+		store(&e.mean, v)
+	}
+	if v < old {
+		v = old*keep + v*(1-keep)
+	}
+	store(&e.peak, v)
+	e.failing.Store(false)
+	e.since.Store(int64(now))
+}
+
+// penalize takes an attempt that did not succeed: however fast it was, it makes the
+// endpoint look no better than it was, and worse than others, whose cost is given.
+func (e *endpoint) penalize(now, latency time.Duration, others float64) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if others == 0 {
+		others = float64(unknownLatency)
+	}
+	store(&e.peak, max(load(&e.peak), float64(latency), penalty*others))
+	e.failing.Store(true)
+	e.since.Store(int64(now))
+}
+
+const (
+	// A failure costs this many times what one call more does elsewhere: it is forgotten
+	// in 3.4 times the decay.
+	penalty = 30
+	// unknownLatency takes the place of a latency that nobody has seen.
+	unknownLatency = time.Second
+)
+
+// cost is what one call more has to expect: the latency times the calls that share it.
+// Latencies fade while nothing is in flight, so that an endpoint which nobody asks is
+// asked again; one that holds its calls back does not look better for that. What is not
+// known yet costs nothing, once: Finagle asks a new endpoint at once, and waits for its
+// first answer.
+func (e *endpoint) cost(now, decay, others time.Duration) float64 {
+	n, latency := e.inFlight.Load(), load(&e.peak)
+	switch {
+	case latency == 0 && n == 0:
+		return 0
+	case latency == 0:
+		latency = float64(max(others, 1))
+	case n == 0:
+		latency *= fade(now-time.Duration(e.since.Load()), decay)
+	}
+	return latency * float64(n+1)
+}
+
+// weight is the endpoint's share of a full one: it grows with the time since its first
+// connection, from a tenth.
+func (e *endpoint) weight(now, slowStart time.Duration) float64 {
+	age := now - time.Duration(e.begun.Load())
+	if e.old || age >= slowStart {
+		return 1
+	}
+	return max(0.1, float64(age)/float64(slowStart))
+}
+
+// fade is what is left of a value after a time.
+func fade(t, decay time.Duration) float64 {
+	x := float64(max(t, 0)) / float64(decay)
+	if x < 1e-3 {
+		return 1 - x // to a millionth, and in a tenth of the time
+	}
+	return math.Exp(-x)
+}
+
+func load(a *atomic.Uint64) float64     { return math.Float64frombits(a.Load()) }
+func store(a *atomic.Uint64, v float64) { a.Store(math.Float64bits(v)) }

@@ -1,0 +1,215 @@
+package balance
+
+import (
+	"context"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc/balancer"
+)
+
+// picker chooses among the endpoints that had a connection when it was made. It is
+// immutable and holds no lock.
+type picker struct {
+	pool  *pool
+	ready []choice // at least one
+}
+
+type choice struct {
+	*endpoint
+	picker balancer.Picker // of its pick_first
+}
+
+// Pick implements balancer.Picker: the power of two choices (M. Mitzenmacher, 2001).
+func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
+	g := p.pool.group
+	settings, now := g.settings.Load(), g.hooks.Now()
+	p.survey(now)
+	call := callOf(info.Ctx)
+	var failed *endpoint
+	if call != nil {
+		failed = call.last.Load()
+	}
+	c := &p.ready[p.choose(now, settings, failed)]
+	result, err := c.picker.Pick(info)
+	if err != nil {
+		return result, err
+	}
+	a := newAttempt()
+	a.ctx, a.method, a.pool, a.endpoint = info.Ctx, info.FullMethodName, p.pool, c.endpoint
+	a.start, a.inner = now, result.Done
+	if call != nil {
+		call.last.Store(c.endpoint)
+		a.stream = call.stream
+	}
+	c.inFlight.Add(1)
+	result.Done = a.done
+	return result, nil
+}
+
+// choose draws two endpoints and returns the index of the better one; failed, where the
+// call has been before, is the worse one.
+func (p *picker) choose(now time.Duration, s *Settings, failed *endpoint) int {
+	n := len(p.ready)
+	if n == 1 {
+		return 0
+	}
+	i, j := rand.IntN(n), rand.IntN(n-1)
+	if j >= i {
+		j++
+	}
+	a, b := p.ready[i].endpoint, p.ready[j].endpoint
+	if a == failed || b != failed && p.better(b, a, now, s) {
+		return j
+	}
+	return i
+}
+
+// better reports whether a is better than b. An endpoint in slow start takes part with a
+// chance of its weight. Then the rule of Prequal (Wydrowski et al., NSDI 2024): one that
+// has far more calls in flight than others is hot and taken only beside another that is,
+// then the one with fewer; of two others, the one with the lower cost. One whose last
+// attempt failed is cold because nobody goes there: it is judged by its cost.
+func (p *picker) better(a, b *endpoint, now time.Duration, s *Settings) bool {
+	if x, y := a.takesPart(now, s), b.takesPart(now, s); x != y {
+		return x
+	}
+	limit := p.pool.survey.hot.Load()
+	x, y := a.inFlight.Load(), b.inFlight.Load()
+	switch hotA, hotB := x > limit, y > limit; {
+	case hotA && hotB:
+		return x < y
+	case hotA && !b.failing.Load():
+		return false
+	case hotB && !a.failing.Load():
+		return true
+	}
+	others := time.Duration(p.pool.survey.latency.Load())
+	return a.cost(now, s.Decay, others) < alike*b.cost(now, s.Decay, others)
+}
+
+// alike costs are equal, or the slightly slower of two would never be taken.
+const alike = 0.9
+
+func (e *endpoint) takesPart(now time.Duration, s *Settings) bool {
+	w := e.weight(now, s.SlowStart)
+	return w == 1 || rand.Float64() < w
+}
+
+// survey is what is known of the endpoints together, a moment ago.
+type survey struct {
+	due     atomic.Int64  // time of the next one
+	latency atomic.Int64  // the median of the endpoints' latencies in ns; 0: none is known
+	cost    atomic.Uint64 // that of their costs: bits of a float64
+	hot     atomic.Int64  // who has more in flight is hot
+}
+
+// sampled bounds what a survey costs.
+const sampled = 64
+
+// survey looks at the endpoints, or at a random part of them, if it is time to. The
+// medians are lower ones: of two endpoints the better one is the measure. Who fails is
+// none.
+func (p *picker) survey(now time.Duration) {
+	s := &p.pool.survey
+	due := s.due.Load()
+	if int64(now) < due || !s.due.CompareAndSwap(due, int64(now+surveyEvery)) {
+		return
+	}
+	var inFlight, latencies [sampled]int64
+	var costs [sampled]float64
+	n, known := min(len(p.ready), sampled), 0
+	from := rand.IntN(len(p.ready))
+	for i := range n {
+		e := p.ready[(from+i)%len(p.ready)].endpoint
+		inFlight[i] = e.inFlight.Load()
+		if mean := load(&e.mean); mean > 0 && !e.failing.Load() {
+			latencies[known], costs[known] = int64(mean), mean*float64(inFlight[i]+1)
+			known++
+		}
+	}
+	slices.Sort(inFlight[:n])
+	hot := int64(math.MaxInt64)
+	if n > 2 { // of two, how few the other one has says nothing
+		hot = 2*inFlight[(n-1)/2] + calm
+	}
+	s.hot.Store(hot)
+	if known > 0 {
+		slices.Sort(latencies[:known])
+		slices.Sort(costs[:known])
+		s.latency.Store(latencies[(known-1)/2])
+		store(&s.cost, costs[(known-1)/2])
+	}
+}
+
+// calm is how many in flight never make an endpoint hot. Prequal's limit is a quantile of
+// what all have: with it, who has a few more by chance sends calls to a slow endpoint.
+const calm = 16
+
+// attempt is one try of a call at an endpoint. It is reused when it is done, with the
+// function that gRPC calls then: a pick allocates nothing.
+type attempt struct {
+	ctx      context.Context
+	method   string
+	pool     *pool
+	endpoint *endpoint
+	start    time.Duration
+	stream   bool
+	inner    func(balancer.DoneInfo) // of the endpoint's own picker; nil: none
+	done     func(balancer.DoneInfo) // a.end
+}
+
+var attempts sync.Pool
+
+func newAttempt() *attempt {
+	a, _ := attempts.Get().(*attempt)
+	if a == nil {
+		a = new(attempt)
+		a.done = a.end
+	}
+	return a
+}
+
+// end is called once, when gRPC is done with the attempt.
+func (a *attempt) end(info balancer.DoneInfo) {
+	if a.inner != nil {
+		a.inner(info)
+	}
+	a.settle(info)
+	a.endpoint.inFlight.Add(-1)
+	*a = attempt{done: a.done}
+	attempts.Put(a)
+}
+
+// settle learns from the end. What was never sent says nothing: the connection was
+// closing, or had just gone.
+func (a *attempt) settle(info balancer.DoneInfo) {
+	if !info.BytesSent {
+		return
+	}
+	g := a.pool.group
+	now, verdict := g.hooks.Now(), Success
+	if info.Err != nil {
+		verdict = g.hooks.Judge(a.ctx, a.method, info.Err, a.had(now))
+	}
+	switch verdict {
+	case Success:
+		if !a.stream {
+			a.endpoint.observe(now, now-a.start, g.settings.Load().Decay)
+		}
+	case Failure, Shed:
+		a.endpoint.penalize(now, now-a.start, load(&a.pool.survey.cost))
+	}
+}
+
+// had is the time that the caller gave the attempt.
+func (a *attempt) had(now time.Duration) time.Duration {
+	if deadline, ok := a.ctx.Deadline(); ok {
+		return time.Until(deadline) + now - a.start
+	}
+	return math.MaxInt64
+}
