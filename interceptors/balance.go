@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/balance"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
 )
 
@@ -39,9 +40,10 @@ func (g *Guard) initBalancing(c *compiled) {
 	b := &g.balancing
 	b.ignored = map[string]bool{}
 	b.group = balance.NewGroup(balanceSettings(c.balancing), balance.Hooks{
-		Now:    g.now,
-		Judge:  g.judgeAttempt,
-		Closed: func() { b.looked.Store(nil) },
+		Now:     g.now,
+		Judge:   g.judgeAttempt,
+		Ejected: g.logEjection,
+		Closed:  func() { b.looked.Store(nil) },
 	})
 	b.config = b.serviceConfig(c)
 }
@@ -51,7 +53,30 @@ func balanceSettings(p *policy.LoadBalancing) balance.Settings {
 	if p == nil {
 		return balance.Settings{}
 	}
-	return balance.Settings{Decay: p.Decay, SlowStart: p.SlowStart}
+	s := balance.Settings{
+		Decay: p.Decay, SlowStart: p.SlowStart,
+		MaxEjectionPercent: p.MaxEjectionPercent, PanicThreshold: p.PanicThreshold,
+	}
+	if b := p.Breaker; b != nil {
+		s.LatencyFactor = b.LatencyFactor
+		s.Breaker = &breaker.Config{
+			Consecutive: b.Consecutive, ErrorPercent: b.ErrorPercent, RequestVolume: b.RequestVolume, Probes: 1, Window: b.Window,
+			SleepWindow: b.SleepWindow, MaxSleepWindow: b.MaxSleepWindow, Lease: b.SleepWindow,
+		}
+		if b.LatencyFactor > 0 {
+			s.Breaker.SlowPercent = 50
+		}
+	}
+	return s
+}
+
+func (g *Guard) logEjection(e balance.Ejection) {
+	endpoint := []slog.Attr{slog.String("target", e.Target), slog.String("endpoint", e.Address)}
+	if !e.Ejected {
+		g.log(slog.LevelInfo, "endpoint returned", endpoint...)
+		return
+	}
+	g.log(slog.LevelWarn, "endpoint ejected", append(endpoint, slog.String("cause", e.Cause.String()), slog.Duration("for", e.For))...)
 }
 
 // serviceConfig is the default service config of the guard's channels. The first item of

@@ -282,6 +282,36 @@ func TestBalanceShunsWhoFailsFast(t *testing.T) {
 	}
 }
 
+// One of two endpoints fails: it is ejected, probed, and brought back.
+func TestBalanceEjects(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		f := newFleet(t, mustGuard(t, balanced, interceptors.WithLogger(slog.New(slog.NewTextHandler(&log, nil)))), "a:1", "b:1")
+		f.all(takes(10 * time.Millisecond))
+		f.load(5*time.Millisecond, time.Second)
+		f.servers["a:1"].answer(func(context.Context) error {
+			time.Sleep(10 * time.Millisecond)
+			return status.Error(codes.Internal, "")
+		})
+		for f.shares(); !strings.Contains(log.String(), "ejected"); {
+			f.load(5*time.Millisecond, time.Second) // it is tried now and then
+		}
+		if n := f.servers["a:1"].took(); n > 10 {
+			t.Errorf("%d failures before it was ejected", n)
+		}
+		if got := log.String(); !strings.Contains(got, "target=fleet:///shop endpoint=a:1 cause=consecutive_failures for=5s") {
+			t.Errorf("logged: %s", got)
+		}
+		f.servers["a:1"].answer(takes(10 * time.Millisecond))
+		f.load(5*time.Millisecond, 6*time.Second)
+		f.shares()
+		f.load(5*time.Millisecond, 4*time.Second)
+		if share := f.shares()["a:1"]; share < 0.4 || !strings.Contains(log.String(), "endpoint returned") {
+			t.Errorf("healed, it had %.2f of the calls; logged: %s", share, log.String())
+		}
+	})
+}
+
 // What says nothing about an endpoint is not held against it: its caller's cancel, a
 // deadline that nobody could meet, an answer that is an error, a drain.
 func TestBalanceNeutralEnds(t *testing.T) {

@@ -8,7 +8,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,6 +18,8 @@ import (
 
 	"google.golang.org/grpc/balancer"
 	"google.golang.org/grpc/serviceconfig"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
 )
 
 // Name is the policy's name in gRPC's registry and in service configs.
@@ -46,6 +50,8 @@ type Hooks struct {
 	// Judge judges the error of an attempt, never nil. had is the time that the caller
 	// gave it.
 	Judge func(ctx context.Context, method string, err error, had time.Duration) Verdict
+	// Ejected is told of ejections and returns. It may do what it likes.
+	Ejected func(Ejection)
 	// Closed is told when a balancer is closed: its channel is, or idles, or has another
 	// service config.
 	Closed func()
@@ -57,6 +63,25 @@ type Settings struct {
 	Decay time.Duration
 	// SlowStart is how long a new endpoint takes to a full share; 0: none.
 	SlowStart time.Duration
+
+	// Breaker is what the breaker of each endpoint is made from; nil: there are none.
+	Breaker *breaker.Config
+	// LatencyFactor makes an attempt slow for its breaker: it took this many times the
+	// median latency of the endpoints. 0: none is slow.
+	LatencyFactor int
+	// MaxEjectionPercent of the endpoints, rounded down, may be ejected.
+	MaxEjectionPercent int
+	// PanicThreshold is the percentage of endpoints that are connected and not ejected
+	// below which ejections are not heeded.
+	PanicThreshold int
+}
+
+// Ejection is news of an endpoint.
+type Ejection struct {
+	Target, Address string
+	Ejected         bool          // or brought back
+	Cause           breaker.Cause // of Ejected
+	For             time.Duration // if Ejected
 }
 
 // Group makes the balancers of one guard. It is safe for concurrent use.
@@ -86,7 +111,19 @@ var (
 )
 
 // Set changes the parameters of all balancers.
-func (g *Group) Set(s Settings) { g.settings.Store(&s) }
+func (g *Group) Set(s Settings) {
+	g.settings.Store(&s)
+	for _, p := range g.all() {
+		p.set(&s)
+	}
+}
+
+// all returns the pools that there are.
+func (g *Group) all() []*pool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Collect(maps.Keys(g.pools))
+}
 
 // Number is the group's in service configs.
 func (g *Group) Number() uint64 { return g.number }

@@ -3,6 +3,7 @@ package balance
 import (
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/balancer"
@@ -101,6 +102,7 @@ type pool struct {
 	group  *Group
 	target string
 	survey survey
+	panics atomic.Bool // so few are usable that ejections are not heeded
 
 	mu        sync.Mutex
 	endpoints *resolver.EndpointMap[*endpoint]
@@ -126,7 +128,7 @@ func (g *Group) forget(p *pool) {
 func (p *pool) resolved(found []resolver.Endpoint) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	first := p.endpoints.Len() == 0
+	first, settings := p.endpoints.Len() == 0, p.group.settings.Load()
 	next := resolver.NewEndpointMap[*endpoint]()
 	for _, r := range found {
 		e, known := p.endpoints.Get(r)
@@ -135,10 +137,12 @@ func (p *pool) resolved(found []resolver.Endpoint) {
 		}
 		if !known {
 			e = newEndpoint(r, first)
+			p.armLocked(e, settings)
 		}
 		next.Set(r, e)
 	}
 	p.endpoints = next
+	p.reviewLocked(settings, nil)
 }
 
 // connected makes a picker of the endpoints that have a connection.
@@ -159,6 +163,7 @@ func (p *pool) connected(children []endpointsharding.ChildState) *picker {
 		e.begun.CompareAndSwap(0, int64(max(now, 1)))
 		made.ready = append(made.ready, choice{endpoint: e, picker: c.State.Picker})
 	}
+	p.reviewLocked(p.group.settings.Load(), nil)
 	p.survey.due.Store(0)
 	return made
 }

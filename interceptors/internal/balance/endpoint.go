@@ -17,6 +17,9 @@ type endpoint struct {
 	ready   bool         // has a connection; guarded by pool.mu
 	begun   atomic.Int64 // when it first had a connection; 0: not yet
 
+	ejection ejection
+	gate     atomic.Pointer[gate] // for picks
+
 	inFlight atomic.Int64
 	failing  atomic.Bool // the attempt that ended last did not succeed
 
@@ -33,7 +36,9 @@ func newEndpoint(r resolver.Endpoint, old bool) *endpoint {
 	for i, a := range r.Addresses {
 		names[i] = a.Addr
 	}
-	return &endpoint{address: strings.Join(names, ","), old: old}
+	e := &endpoint{address: strings.Join(names, ","), old: old}
+	e.gate.Store(openGate)
+	return e
 }
 
 // observe takes the latency of an attempt that succeeded, in the way of Finagle's
@@ -68,6 +73,15 @@ func (e *endpoint) penalize(now, latency time.Duration, others float64) {
 	store(&e.peak, max(load(&e.peak), float64(latency), penalty*others))
 	e.failing.Store(true)
 	e.since.Store(int64(now))
+}
+
+// forget makes the endpoint's latency unknown.
+func (e *endpoint) forget() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	store(&e.peak, 0)
+	store(&e.mean, 0)
+	e.failing.Store(false)
 }
 
 const (

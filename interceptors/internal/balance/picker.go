@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc/balancer"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
 )
 
 // picker chooses among the endpoints that had a connection when it was made. It is
@@ -34,14 +36,15 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	if call != nil {
 		failed = call.last.Load()
 	}
-	c := &p.ready[p.choose(now, settings, failed)]
+	c, ticket := p.choose(now, settings, failed)
 	result, err := c.picker.Pick(info)
 	if err != nil {
+		c.settle(ticket, now, breaker.Ignored, false)
 		return result, err
 	}
 	a := newAttempt()
 	a.ctx, a.method, a.pool, a.endpoint = info.Ctx, info.FullMethodName, p.pool, c.endpoint
-	a.start, a.inner = now, result.Done
+	a.start, a.inner, a.ticket = now, result.Done, ticket
 	if call != nil {
 		call.last.Store(c.endpoint)
 		a.stream = call.stream
@@ -51,22 +54,51 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	return result, nil
 }
 
-// choose draws two endpoints and returns the index of the better one; failed, where the
-// call has been before, is the worse one.
-func (p *picker) choose(now time.Duration, s *Settings, failed *endpoint) int {
+// choose draws two endpoints and tries the better one first, then the other, then all
+// that follow. failed, where the call has been before, comes last.
+func (p *picker) choose(now time.Duration, s *Settings, failed *endpoint) (*choice, breaker.Ticket) {
 	n := len(p.ready)
-	if n == 1 {
-		return 0
+	i := rand.IntN(n)
+	if n > 1 {
+		j := rand.IntN(n - 1)
+		if j >= i {
+			j++
+		}
+		if p.prefers(p.ready[j].endpoint, p.ready[i].endpoint, now, s, failed) {
+			i, j = j, i
+		}
+		for _, k := range [...]int{i, j} {
+			if c := &p.ready[k]; c.endpoint != failed {
+				if t, ok := p.pool.admit(c.endpoint, now); ok {
+					return c, t
+				}
+			}
+		}
 	}
-	i, j := rand.IntN(n), rand.IntN(n-1)
-	if j >= i {
-		j++
+	last := &p.ready[i] // all are ejected since the last look: then none is
+	for k := range n {
+		c := &p.ready[(i+k)%n]
+		if c.endpoint == failed {
+			last = c
+			continue
+		}
+		if t, ok := p.pool.admit(c.endpoint, now); ok {
+			return c, t
+		}
 	}
-	a, b := p.ready[i].endpoint, p.ready[j].endpoint
-	if a == failed || b != failed && p.better(b, a, now, s) {
-		return j
+	t, _ := p.pool.admit(last.endpoint, now)
+	return last, t
+}
+
+// prefers reports whether b is to be tried rather than a.
+func (p *picker) prefers(b, a *endpoint, now time.Duration, s *Settings, failed *endpoint) bool {
+	switch {
+	case a == failed || b == failed:
+		return a == failed
+	case a.due(now) || b.due(now):
+		return !a.due(now)
 	}
-	return i
+	return p.better(b, a, now, s)
 }
 
 // better reports whether a is better than b. An endpoint in slow start takes part with a
@@ -158,6 +190,7 @@ type attempt struct {
 	pool     *pool
 	endpoint *endpoint
 	start    time.Duration
+	ticket   breaker.Ticket
 	stream   bool
 	inner    func(balancer.DoneInfo) // of the endpoint's own picker; nil: none
 	done     func(balancer.DoneInfo) // a.end
@@ -188,21 +221,37 @@ func (a *attempt) end(info balancer.DoneInfo) {
 // settle learns from the end. What was never sent says nothing: the connection was
 // closing, or had just gone.
 func (a *attempt) settle(info balancer.DoneInfo) {
-	if !info.BytesSent {
-		return
-	}
-	g := a.pool.group
-	now, verdict := g.hooks.Now(), Success
-	if info.Err != nil {
+	g, e := a.pool.group, a.endpoint
+	now, settings, verdict := g.hooks.Now(), g.settings.Load(), Neutral
+	switch {
+	case !info.BytesSent:
+	case info.Err == nil:
+		verdict = Success
+	default:
 		verdict = g.hooks.Judge(a.ctx, a.method, info.Err, a.had(now))
 	}
+	took, result, slow := now-a.start, breaker.Ignored, false
 	switch verdict {
 	case Success:
+		result = breaker.Success
 		if !a.stream {
-			a.endpoint.observe(now, now-a.start, g.settings.Load().Decay)
+			e.observe(now, took, settings.Decay)
+			median := a.pool.survey.latency.Load()
+			slow = settings.LatencyFactor > 0 && median > 0 && int64(took) >= int64(settings.LatencyFactor)*median
 		}
 	case Failure, Shed:
-		a.endpoint.penalize(now, now-a.start, load(&a.pool.survey.cost))
+		e.penalize(now, took, load(&a.pool.survey.cost))
+		if verdict == Failure {
+			result = breaker.Failure
+		}
+	}
+	e.settle(a.ticket, now, result, slow)
+}
+
+// settle tells the endpoint's breaker.
+func (e *endpoint) settle(t breaker.Ticket, now time.Duration, r breaker.Result, slow bool) {
+	if b := e.gate.Load().breaker; b != nil {
+		b.Done(t, now, r, slow)
 	}
 }
 

@@ -33,6 +33,7 @@ type sim struct {
 	errs   int
 	calls  int
 	ends   ends
+	news   []string
 }
 
 // server answers an attempt after a time.
@@ -88,7 +89,8 @@ func newSim(tb testing.TB, settings Settings, n int, s server) *sim {
 			}
 			return Neutral
 		},
-		Closed: func() {},
+		Ejected: func(e Ejection) { m.news = append(m.news, fmt.Sprintf("%s %v %v", e.Address, e.Ejected, e.For)) },
+		Closed:  func() {},
 	})
 	m.pool = newPool(m.group, "sim")
 	for i := range n {

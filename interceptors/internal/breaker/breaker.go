@@ -34,6 +34,9 @@ type Config struct {
 	// RequestVolume is the number of calls in the window below which the breaker
 	// stays closed: at least 1.
 	RequestVolume int
+	// Consecutive opens the breaker after this many failures in a row, whatever the
+	// volume. Zero: they are not counted.
+	Consecutive int
 	// Probes may run at once in half-open, and as many successes close: at
 	// least 1.
 	Probes int
@@ -106,11 +109,13 @@ const (
 	ProbeSuccess
 	// ProbeFailure: half-open to open, a probe failed or was slow.
 	ProbeFailure
+	// ConsecutiveFailures: closed to open, too many calls in a row failed.
+	ConsecutiveFailures
 )
 
 // String is the cause's name in metrics.
 func (c Cause) String() string {
-	return [...]string{"error_percent", "slow_calls", "sleep_window", "probe_success", "probe_failure"}[c]
+	return [...]string{"error_percent", "slow_calls", "sleep_window", "probe_success", "probe_failure", "consecutive_failures"}[c]
 }
 
 // Transition is one change of state.

@@ -26,6 +26,7 @@ type period struct {
 	// bucket.
 	newest  atomic.Uint64 // number of the newest bucket, since start
 	dirty   atomic.Uint64 // the first bucket number at which the window is free of failures and slow calls
+	inARow  atomic.Uint32 // failures since the last success
 	buckets [buckets]bucket
 
 	// Half-open, all guarded by Window.mu.
@@ -90,6 +91,8 @@ func (p *period) sum() (requests, failures, slow uint64) {
 func (p *period) tripped(cfg *Config) (Cause, bool) {
 	requests, failures, slow := p.sum()
 	switch {
+	case cfg.Consecutive > 0 && int(p.inARow.Load()) >= cfg.Consecutive:
+		return ConsecutiveFailures, true
 	case requests < uint64(cfg.RequestVolume):
 		return 0, false
 	case failures*100 >= uint64(cfg.ErrorPercent)*requests:

@@ -13,9 +13,9 @@ import (
 //
 // It opens with the result that makes requests >= RequestVolume together with
 // failures >= ErrorPercent of them, or slow calls >= SlowPercent of them; a
-// failure may be slow as well. A probe that is slow reopens like one that
-// failed, when slow calls are counted at all (resilience4j too counts slow calls
-// in half-open).
+// failure may be slow as well. As many failures in a row as Consecutive open it, too.
+// A probe that is slow reopens like one that failed, when slow calls are counted at
+// all (resilience4j too counts slow calls in half-open).
 type Window struct {
 	onTransition func(Transition)
 
@@ -140,8 +140,12 @@ func (w *Window) record(p *period, now time.Duration, r Result, slow bool) {
 	b := &p.buckets[n%buckets]
 	if r.failed() {
 		b.failures.Add(1)
+		p.inARow.Add(1)
 	} else {
 		b.successes.Add(1)
+		if p.inARow.Load() > 0 {
+			p.inARow.Store(0)
+		}
 	}
 	if slow {
 		b.slow.Add(1)

@@ -143,12 +143,7 @@ func (v *validator) breaker(b *resiliencev1.Breaker) {
 	v.number("error_percent_threshold", b.ErrorPercentThreshold, 1, 100)
 	v.number("request_volume_threshold", b.RequestVolumeThreshold, 1, 1_000_000)
 	v.duration("window", b.Window, 100*time.Millisecond, time.Hour)
-	v.duration("sleep_window", b.SleepWindow, time.Millisecond, time.Hour)
-	v.duration("max_sleep_window", b.MaxSleepWindow, time.Millisecond, 24*time.Hour)
-	sleep, most := durationOr(b.SleepWindow, defaultSleepWindow), durationOr(b.MaxSleepWindow, 24*time.Hour)
-	if v.readWhole() && time.Millisecond <= most && most < sleep && sleep <= time.Hour {
-		v.fail("max_sleep_window", "found %s, allowed %s (the sleep_window) to 24h", units(most), units(sleep))
-	}
+	v.sleepWindows(b.SleepWindow, b.MaxSleepWindow)
 	v.number("half_open_probes", b.HalfOpenProbes, 1, 1000)
 	v.duration("min_deadline", b.MinDeadline, 0, time.Hour)
 	v.duration("slow_call_threshold", b.SlowCallThreshold, time.Millisecond, time.Hour)

@@ -901,9 +901,18 @@ type LoadBalancing struct {
 	Decay *durationpb.Duration `protobuf:"bytes,2,opt,name=decay,proto3" json:"decay,omitempty"`
 	// The share of an endpoint that is new to the list grows to a full one over
 	// this time. Default: 10s. Range: 0s (at once) to 1h.
-	SlowStart     *durationpb.Duration `protobuf:"bytes,3,opt,name=slow_start,json=slowStart,proto3" json:"slow_start,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	SlowStart *durationpb.Duration `protobuf:"bytes,3,opt,name=slow_start,json=slowStart,proto3" json:"slow_start,omitempty"`
+	// Circuit breaker of each endpoint: an open one ejects it. Unset: all defaults.
+	Breaker *EndpointBreaker `protobuf:"bytes,4,opt,name=breaker,proto3" json:"breaker,omitempty"`
+	// No more than this percentage of a channel's endpoints, rounded down, is ejected at
+	// a time. Default: 50. Range: 0 to 100.
+	MaxEjectionPercent *uint32 `protobuf:"varint,5,opt,name=max_ejection_percent,json=maxEjectionPercent,proto3,oneof" json:"max_ejection_percent,omitempty"`
+	// When fewer than this percentage of a channel's endpoints are connected and not
+	// ejected, the ejected ones are used as well. Default: 30. Range: 0 (only when there
+	// is no other) to 100.
+	PanicThreshold *uint32 `protobuf:"varint,6,opt,name=panic_threshold,json=panicThreshold,proto3,oneof" json:"panic_threshold,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *LoadBalancing) Reset() {
@@ -957,6 +966,143 @@ func (x *LoadBalancing) GetSlowStart() *durationpb.Duration {
 	return nil
 }
 
+func (x *LoadBalancing) GetBreaker() *EndpointBreaker {
+	if x != nil {
+		return x.Breaker
+	}
+	return nil
+}
+
+func (x *LoadBalancing) GetMaxEjectionPercent() uint32 {
+	if x != nil && x.MaxEjectionPercent != nil {
+		return *x.MaxEjectionPercent
+	}
+	return 0
+}
+
+func (x *LoadBalancing) GetPanicThreshold() uint32 {
+	if x != nil && x.PanicThreshold != nil {
+		return *x.PanicThreshold
+	}
+	return 0
+}
+
+// EndpointBreaker is the circuit breaker of each endpoint. It sees every attempt of a
+// call, of any method. While it is open, the endpoint is ejected: other endpoints take
+// its calls. Then one call is let through, and its success brings the endpoint back.
+type EndpointBreaker struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Opens after this many failures in a row. Default: 5. Range: 1 to 1,000,000.
+	ConsecutiveFailures *uint32 `protobuf:"varint,1,opt,name=consecutive_failures,json=consecutiveFailures,proto3,oneof" json:"consecutive_failures,omitempty"`
+	// Opens when this percentage of the attempts in the window failed. Default: 50.
+	// Range: 1 to 100.
+	ErrorPercentThreshold *uint32 `protobuf:"varint,2,opt,name=error_percent_threshold,json=errorPercentThreshold,proto3,oneof" json:"error_percent_threshold,omitempty"`
+	// Fewer attempts than this in the window never open it, other than by
+	// consecutive_failures. Default: 20. Range: 1 to 1,000,000.
+	RequestVolumeThreshold *uint32 `protobuf:"varint,3,opt,name=request_volume_threshold,json=requestVolumeThreshold,proto3,oneof" json:"request_volume_threshold,omitempty"`
+	// Length of the sliding window. Default: 10s. Range: 100ms to 1h.
+	Window *durationpb.Duration `protobuf:"bytes,4,opt,name=window,proto3" json:"window,omitempty"`
+	// How long an endpoint is ejected. Default: 5s. Range: 1ms to 1h.
+	SleepWindow *durationpb.Duration `protobuf:"bytes,5,opt,name=sleep_window,json=sleepWindow,proto3" json:"sleep_window,omitempty"`
+	// Each ejection that follows soon on the one before doubles the time, up to this.
+	// Default: 1m, or the sleep_window if that is longer. Range: sleep_window to 24h.
+	MaxSleepWindow *durationpb.Duration `protobuf:"bytes,6,opt,name=max_sleep_window,json=maxSleepWindow,proto3" json:"max_sleep_window,omitempty"`
+	// A unary call is slow when it takes this many times the median latency of the
+	// endpoints; half of the attempts in the window slow opens. Default: 5. Range: 0
+	// (latencies do not eject), 2 to 1,000.
+	LatencyFactor *uint32 `protobuf:"varint,7,opt,name=latency_factor,json=latencyFactor,proto3,oneof" json:"latency_factor,omitempty"`
+	// No endpoint is ejected. Default: false. Excludes other fields.
+	Disabled      bool `protobuf:"varint,8,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndpointBreaker) Reset() {
+	*x = EndpointBreaker{}
+	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndpointBreaker) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndpointBreaker) ProtoMessage() {}
+
+func (x *EndpointBreaker) ProtoReflect() protoreflect.Message {
+	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndpointBreaker.ProtoReflect.Descriptor instead.
+func (*EndpointBreaker) Descriptor() ([]byte, []int) {
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *EndpointBreaker) GetConsecutiveFailures() uint32 {
+	if x != nil && x.ConsecutiveFailures != nil {
+		return *x.ConsecutiveFailures
+	}
+	return 0
+}
+
+func (x *EndpointBreaker) GetErrorPercentThreshold() uint32 {
+	if x != nil && x.ErrorPercentThreshold != nil {
+		return *x.ErrorPercentThreshold
+	}
+	return 0
+}
+
+func (x *EndpointBreaker) GetRequestVolumeThreshold() uint32 {
+	if x != nil && x.RequestVolumeThreshold != nil {
+		return *x.RequestVolumeThreshold
+	}
+	return 0
+}
+
+func (x *EndpointBreaker) GetWindow() *durationpb.Duration {
+	if x != nil {
+		return x.Window
+	}
+	return nil
+}
+
+func (x *EndpointBreaker) GetSleepWindow() *durationpb.Duration {
+	if x != nil {
+		return x.SleepWindow
+	}
+	return nil
+}
+
+func (x *EndpointBreaker) GetMaxSleepWindow() *durationpb.Duration {
+	if x != nil {
+		return x.MaxSleepWindow
+	}
+	return nil
+}
+
+func (x *EndpointBreaker) GetLatencyFactor() uint32 {
+	if x != nil && x.LatencyFactor != nil {
+		return *x.LatencyFactor
+	}
+	return 0
+}
+
+func (x *EndpointBreaker) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
 // Drain is how a server stops: announce, then grace, then cut.
 type Drain struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -978,7 +1124,7 @@ type Drain struct {
 
 func (x *Drain) Reset() {
 	*x = Drain{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	mi := &file_resilience_v1_policy_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -990,7 +1136,7 @@ func (x *Drain) String() string {
 func (*Drain) ProtoMessage() {}
 
 func (x *Drain) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	mi := &file_resilience_v1_policy_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1003,7 +1149,7 @@ func (x *Drain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drain.ProtoReflect.Descriptor instead.
 func (*Drain) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{8}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Drain) GetAnnounce() *durationpb.Duration {
@@ -1102,15 +1248,33 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"\x05scope\x18\x05 \x01(\x0e2\x14.resilience.v1.ScopeR\x05scope\x12\x1a\n" +
 	"\bdisabled\x18\x06 \x01(\bR\bdisabledB\x10\n" +
 	"\x0e_max_in_flightB\x0e\n" +
-	"\f_max_streams\"\xf4\x01\n" +
+	"\f_max_streams\"\xc0\x03\n" +
 	"\rLoadBalancing\x12;\n" +
 	"\x06policy\x18\x01 \x01(\x0e2#.resilience.v1.LoadBalancing.PolicyR\x06policy\x12/\n" +
 	"\x05decay\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05decay\x128\n" +
 	"\n" +
-	"slow_start\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\tslowStart\";\n" +
+	"slow_start\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\tslowStart\x128\n" +
+	"\abreaker\x18\x04 \x01(\v2\x1e.resilience.v1.EndpointBreakerR\abreaker\x125\n" +
+	"\x14max_ejection_percent\x18\x05 \x01(\rH\x00R\x12maxEjectionPercent\x88\x01\x01\x12,\n" +
+	"\x0fpanic_threshold\x18\x06 \x01(\rH\x01R\x0epanicThreshold\x88\x01\x01\";\n" +
 	"\x06Policy\x12\x16\n" +
 	"\x12POLICY_UNSPECIFIED\x10\x00\x12\x19\n" +
-	"\x15POLICY_RESILIENCE_P2C\x10\x01\"\xbb\x01\n" +
+	"\x15POLICY_RESILIENCE_P2C\x10\x01B\x17\n" +
+	"\x15_max_ejection_percentB\x12\n" +
+	"\x10_panic_threshold\"\xa8\x04\n" +
+	"\x0fEndpointBreaker\x126\n" +
+	"\x14consecutive_failures\x18\x01 \x01(\rH\x00R\x13consecutiveFailures\x88\x01\x01\x12;\n" +
+	"\x17error_percent_threshold\x18\x02 \x01(\rH\x01R\x15errorPercentThreshold\x88\x01\x01\x12=\n" +
+	"\x18request_volume_threshold\x18\x03 \x01(\rH\x02R\x16requestVolumeThreshold\x88\x01\x01\x121\n" +
+	"\x06window\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x06window\x12<\n" +
+	"\fsleep_window\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\vsleepWindow\x12C\n" +
+	"\x10max_sleep_window\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x0emaxSleepWindow\x12*\n" +
+	"\x0elatency_factor\x18\a \x01(\rH\x03R\rlatencyFactor\x88\x01\x01\x12\x1a\n" +
+	"\bdisabled\x18\b \x01(\bR\bdisabledB\x17\n" +
+	"\x15_consecutive_failuresB\x1a\n" +
+	"\x18_error_percent_thresholdB\x1b\n" +
+	"\x19_request_volume_thresholdB\x11\n" +
+	"\x0f_latency_factor\"\xbb\x01\n" +
 	"\x05Drain\x125\n" +
 	"\bannounce\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\bannounce\x12/\n" +
 	"\x05grace\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05grace\x12+\n" +
@@ -1136,7 +1300,7 @@ func file_resilience_v1_policy_proto_rawDescGZIP() []byte {
 }
 
 var file_resilience_v1_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_resilience_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_resilience_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_resilience_v1_policy_proto_goTypes = []any{
 	(Scope)(0),                  // 0: resilience.v1.Scope
 	(Breaker_Engine)(0),         // 1: resilience.v1.Breaker.Engine
@@ -1150,8 +1314,9 @@ var file_resilience_v1_policy_proto_goTypes = []any{
 	(*RateLimit)(nil),           // 9: resilience.v1.RateLimit
 	(*ConcurrencyLimit)(nil),    // 10: resilience.v1.ConcurrencyLimit
 	(*LoadBalancing)(nil),       // 11: resilience.v1.LoadBalancing
-	(*Drain)(nil),               // 12: resilience.v1.Drain
-	(*durationpb.Duration)(nil), // 13: google.protobuf.Duration
+	(*EndpointBreaker)(nil),     // 12: resilience.v1.EndpointBreaker
+	(*Drain)(nil),               // 13: resilience.v1.Drain
+	(*durationpb.Duration)(nil), // 14: google.protobuf.Duration
 }
 var file_resilience_v1_policy_proto_depIdxs = []int32{
 	5,  // 0: resilience.v1.Policy.client:type_name -> resilience.v1.ClientPolicy
@@ -1159,35 +1324,39 @@ var file_resilience_v1_policy_proto_depIdxs = []int32{
 	7,  // 2: resilience.v1.ClientPolicy.rules:type_name -> resilience.v1.MethodPolicy
 	11, // 3: resilience.v1.ClientPolicy.load_balancing:type_name -> resilience.v1.LoadBalancing
 	7,  // 4: resilience.v1.ServerPolicy.rules:type_name -> resilience.v1.MethodPolicy
-	12, // 5: resilience.v1.ServerPolicy.drain:type_name -> resilience.v1.Drain
+	13, // 5: resilience.v1.ServerPolicy.drain:type_name -> resilience.v1.Drain
 	8,  // 6: resilience.v1.MethodPolicy.breaker:type_name -> resilience.v1.Breaker
 	9,  // 7: resilience.v1.MethodPolicy.rate_limit:type_name -> resilience.v1.RateLimit
 	10, // 8: resilience.v1.MethodPolicy.concurrency_limit:type_name -> resilience.v1.ConcurrencyLimit
-	13, // 9: resilience.v1.MethodPolicy.timeout:type_name -> google.protobuf.Duration
-	13, // 10: resilience.v1.MethodPolicy.stream_timeout:type_name -> google.protobuf.Duration
-	13, // 11: resilience.v1.MethodPolicy.minimum_budget:type_name -> google.protobuf.Duration
+	14, // 9: resilience.v1.MethodPolicy.timeout:type_name -> google.protobuf.Duration
+	14, // 10: resilience.v1.MethodPolicy.stream_timeout:type_name -> google.protobuf.Duration
+	14, // 11: resilience.v1.MethodPolicy.minimum_budget:type_name -> google.protobuf.Duration
 	1,  // 12: resilience.v1.Breaker.engine:type_name -> resilience.v1.Breaker.Engine
-	13, // 13: resilience.v1.Breaker.window:type_name -> google.protobuf.Duration
-	13, // 14: resilience.v1.Breaker.sleep_window:type_name -> google.protobuf.Duration
-	13, // 15: resilience.v1.Breaker.max_sleep_window:type_name -> google.protobuf.Duration
-	13, // 16: resilience.v1.Breaker.min_deadline:type_name -> google.protobuf.Duration
-	13, // 17: resilience.v1.Breaker.slow_call_threshold:type_name -> google.protobuf.Duration
+	14, // 13: resilience.v1.Breaker.window:type_name -> google.protobuf.Duration
+	14, // 14: resilience.v1.Breaker.sleep_window:type_name -> google.protobuf.Duration
+	14, // 15: resilience.v1.Breaker.max_sleep_window:type_name -> google.protobuf.Duration
+	14, // 16: resilience.v1.Breaker.min_deadline:type_name -> google.protobuf.Duration
+	14, // 17: resilience.v1.Breaker.slow_call_threshold:type_name -> google.protobuf.Duration
 	2,  // 18: resilience.v1.RateLimit.algorithm:type_name -> resilience.v1.RateLimit.Algorithm
-	13, // 19: resilience.v1.RateLimit.max_wait:type_name -> google.protobuf.Duration
+	14, // 19: resilience.v1.RateLimit.max_wait:type_name -> google.protobuf.Duration
 	0,  // 20: resilience.v1.RateLimit.scope:type_name -> resilience.v1.Scope
-	13, // 21: resilience.v1.ConcurrencyLimit.max_queue_wait:type_name -> google.protobuf.Duration
+	14, // 21: resilience.v1.ConcurrencyLimit.max_queue_wait:type_name -> google.protobuf.Duration
 	0,  // 22: resilience.v1.ConcurrencyLimit.scope:type_name -> resilience.v1.Scope
 	3,  // 23: resilience.v1.LoadBalancing.policy:type_name -> resilience.v1.LoadBalancing.Policy
-	13, // 24: resilience.v1.LoadBalancing.decay:type_name -> google.protobuf.Duration
-	13, // 25: resilience.v1.LoadBalancing.slow_start:type_name -> google.protobuf.Duration
-	13, // 26: resilience.v1.Drain.announce:type_name -> google.protobuf.Duration
-	13, // 27: resilience.v1.Drain.grace:type_name -> google.protobuf.Duration
-	13, // 28: resilience.v1.Drain.cut:type_name -> google.protobuf.Duration
-	29, // [29:29] is the sub-list for method output_type
-	29, // [29:29] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	14, // 24: resilience.v1.LoadBalancing.decay:type_name -> google.protobuf.Duration
+	14, // 25: resilience.v1.LoadBalancing.slow_start:type_name -> google.protobuf.Duration
+	12, // 26: resilience.v1.LoadBalancing.breaker:type_name -> resilience.v1.EndpointBreaker
+	14, // 27: resilience.v1.EndpointBreaker.window:type_name -> google.protobuf.Duration
+	14, // 28: resilience.v1.EndpointBreaker.sleep_window:type_name -> google.protobuf.Duration
+	14, // 29: resilience.v1.EndpointBreaker.max_sleep_window:type_name -> google.protobuf.Duration
+	14, // 30: resilience.v1.Drain.announce:type_name -> google.protobuf.Duration
+	14, // 31: resilience.v1.Drain.grace:type_name -> google.protobuf.Duration
+	14, // 32: resilience.v1.Drain.cut:type_name -> google.protobuf.Duration
+	33, // [33:33] is the sub-list for method output_type
+	33, // [33:33] is the sub-list for method input_type
+	33, // [33:33] is the sub-list for extension type_name
+	33, // [33:33] is the sub-list for extension extendee
+	0,  // [0:33] is the sub-list for field type_name
 }
 
 func init() { file_resilience_v1_policy_proto_init() }
@@ -1198,13 +1367,15 @@ func file_resilience_v1_policy_proto_init() {
 	file_resilience_v1_policy_proto_msgTypes[4].OneofWrappers = []any{}
 	file_resilience_v1_policy_proto_msgTypes[5].OneofWrappers = []any{}
 	file_resilience_v1_policy_proto_msgTypes[6].OneofWrappers = []any{}
+	file_resilience_v1_policy_proto_msgTypes[7].OneofWrappers = []any{}
+	file_resilience_v1_policy_proto_msgTypes[8].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_resilience_v1_policy_proto_rawDesc), len(file_resilience_v1_policy_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   9,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
