@@ -43,6 +43,7 @@ func (g *Guard) initBalancing(c *compiled) {
 		Now:     g.now,
 		Judge:   g.judgeAttempt,
 		Ejected: g.logEjection,
+		Limited: endpointsLimited,
 		Closed:  func() { b.looked.Store(nil) },
 	})
 	b.config = b.serviceConfig(c)
@@ -67,7 +68,16 @@ func balanceSettings(p *policy.LoadBalancing) balance.Settings {
 			s.Breaker.SlowPercent = 50
 		}
 	}
+	if r := p.RateLimit; r != nil {
+		s.Rate = &balance.Rate{PerSecond: r.Rate, Burst: r.Burst, Pacing: r.Pacing}
+	}
 	return s
+}
+
+// endpointsLimited is the error of a call that finds all endpoints at their rate limit.
+// gRPC ends the call with it, wait-for-ready or not, and does not retry it.
+func endpointsLimited(method string, retryAfter time.Duration) error {
+	return &RejectedError{Side: Client, Method: method, Rule: "load_balancing", Reason: ReasonRateLimited, RetryAfter: retryAfter}
 }
 
 func (g *Guard) logEjection(e balance.Ejection) {

@@ -2,6 +2,7 @@ package interceptors_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -308,6 +309,38 @@ func TestBalanceEjects(t *testing.T) {
 		f.load(5*time.Millisecond, 4*time.Second)
 		if share := f.shares()["a:1"]; share < 0.4 || !strings.Contains(log.String(), "endpoint returned") {
 			t.Errorf("healed, it had %.2f of the calls; logged: %s", share, log.String())
+		}
+	})
+}
+
+// A call that finds all endpoints at their limit is refused as one of this process.
+func TestBalanceRatePerEndpoint(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, "client: {load_balancing: {rate_limit_per_endpoint: {requests_per_second: 1, burst: 2}}, rules: [{methods: ['*'], breaker: {request_volume_threshold: 1}}]}")
+		f := newFleet(t, g, "a:1", "b:1")
+		f.conn.Connect()
+		synctest.Wait()
+		for range 4 {
+			if _, err := rpctest.Call(t.Context(), f.conn, rpctest.Unary, "x"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, opts := range [][]grpc.CallOption{nil, {grpc.WaitForReady(true)}} {
+			_, err := rpctest.Call(t.Context(), f.conn, rpctest.Unary, "x", opts...)
+			var rejected *interceptors.RejectedError
+			if !errors.As(err, &rejected) || !errors.Is(err, interceptors.ErrRateLimited) || status.Code(err) != codes.ResourceExhausted ||
+				rejected.Method != rpctest.Unary || rejected.Rule != "load_balancing" || rejected.RetryAfter != time.Second {
+				t.Errorf("got %v", err)
+			}
+		}
+		wantEnded(t, g, interceptors.Client, rpctest.Unary, ended{success: 4, neutral: 2})
+		wantState(t, g, interceptors.Client, rpctest.Unary, "closed")
+		if a, b := f.servers["a:1"].took(), f.servers["b:1"].took(); a != 2 || b != 2 {
+			t.Errorf("%d and %d calls", a, b)
+		}
+		time.Sleep(time.Second)
+		if _, err := rpctest.Call(t.Context(), f.conn, rpctest.Unary, "x"); err != nil {
+			t.Error(err)
 		}
 	})
 }

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/serviceconfig"
 
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/limiter"
 )
 
 // Name is the policy's name in gRPC's registry and in service configs.
@@ -52,6 +53,8 @@ type Hooks struct {
 	Judge func(ctx context.Context, method string, err error, had time.Duration) Verdict
 	// Ejected is told of ejections and returns. It may do what it likes.
 	Ejected func(Ejection)
+	// Limited makes the error of a call that finds all endpoints at their limit.
+	Limited func(method string, retryAfter time.Duration) error
 	// Closed is told when a balancer is closed: its channel is, or idles, or has another
 	// service config.
 	Closed func()
@@ -74,6 +77,24 @@ type Settings struct {
 	// PanicThreshold is the percentage of endpoints that are connected and not ejected
 	// below which ejections are not heeded.
 	PanicThreshold int
+
+	// Rate is the limit of each endpoint; nil: none.
+	Rate *Rate
+}
+
+// Rate is what a limit of attempts per second is made from, see limiter.NewBucket and,
+// with Pacing, limiter.NewPacer.
+type Rate struct {
+	PerSecond float64
+	Burst     int
+	Pacing    bool
+}
+
+func (r *Rate) limit() *limiter.Rate {
+	if r.Pacing {
+		return limiter.NewPacer(r.PerSecond, r.Burst, 0)
+	}
+	return limiter.NewBucket(r.PerSecond, r.Burst, 0)
 }
 
 // Ejection is news of an endpoint.

@@ -11,6 +11,7 @@ import (
 )
 
 const (
+	us  = time.Microsecond
 	ms  = time.Millisecond
 	sec = time.Second
 )

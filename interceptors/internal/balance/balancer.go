@@ -99,10 +99,11 @@ func (b *p2c) closeLocked() {
 
 // pool is the endpoints of a channel.
 type pool struct {
-	group  *Group
-	target string
-	survey survey
-	panics atomic.Bool // so few are usable that ejections are not heeded
+	group   *Group
+	target  string
+	survey  survey
+	panics  atomic.Bool   // so few are usable that ejections are not heeded
+	refused atomic.Uint64 // picks that found all endpoints at their limit
 
 	mu        sync.Mutex
 	endpoints *resolver.EndpointMap[*endpoint]

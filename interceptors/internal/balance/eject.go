@@ -35,8 +35,17 @@ func (p *pool) set(s *Settings) {
 	p.reviewLocked(s, nil)
 }
 
-// armLocked gives an endpoint the breaker of the settings.
+// armLocked gives an endpoint the breaker and the rate limit of the settings.
 func (p *pool) armLocked(e *endpoint, s *Settings) {
+	switch r := e.rate.Load(); {
+	case s.Rate == nil:
+		e.rate.Store(nil)
+	case r == nil:
+		e.rate.Store(s.Rate.limit())
+	case *s.Rate != *e.limit:
+		r.Become(s.Rate.limit(), p.group.hooks.Now())
+	}
+	e.limit = s.Rate
 	x := &e.ejection
 	switch {
 	case s.Breaker == nil:
@@ -127,17 +136,36 @@ func (p *pool) reviewLocked(s *Settings, changed *endpoint) {
 	p.panics.Store(usable == 0 || usable*100 < s.PanicThreshold*p.endpoints.Len())
 }
 
-// admit asks the endpoint's breaker. One that is open and not heeded lets calls pass, and
-// does not hear of them.
-func (p *pool) admit(e *endpoint, now time.Duration) (t breaker.Ticket, ok bool) {
+// verdict is what becomes of an attempt to call at an endpoint.
+type verdict uint8
+
+const (
+	admitted verdict = iota
+	ejected
+	limited
+)
+
+// admit asks the endpoint's breaker and its rate limit. The breaker is looked at first
+// and asked last: what is not admitted spends nothing. One that is open and not heeded
+// does not hear of the attempt.
+func (p *pool) admit(e *endpoint, now time.Duration) (t breaker.Ticket, v verdict) {
 	g := e.gate.Load()
-	if g.breaker == nil {
-		return breaker.Ticket{}, true
+	heeded := g.ejected && !p.panics.Load()
+	if heeded {
+		if _, ok := g.breaker.Ready(now); !ok {
+			return t, ejected
+		}
 	}
-	if t, _, ok = g.breaker.Acquire(now); ok {
-		return t, true
+	if r := e.rate.Load(); r != nil && !r.Take(now) {
+		return t, limited
 	}
-	return breaker.Ticket{}, !g.ejected || p.panics.Load()
+	if g.breaker != nil {
+		var ok bool
+		if t, _, ok = g.breaker.Acquire(now); !ok && heeded {
+			return t, ejected
+		}
+	}
+	return t, admitted
 }
 
 // due reports whether the endpoint is ejected and has slept: the next call is to find out

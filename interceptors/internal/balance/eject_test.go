@@ -35,8 +35,8 @@ func (m *sim) ejected() (names []string) {
 func (m *sim) failInARow(name string, n int) {
 	e := m.endpoint(name)
 	for range n {
-		t, ok := m.pool.admit(e, m.now)
-		if !ok {
+		t, v := m.pool.admit(e, m.now)
+		if v != admitted {
 			m.Fatalf("%s admits nobody", name)
 		}
 		e.settle(t, m.now, breaker.Failure, false)
@@ -216,7 +216,7 @@ func TestEjectionsGrow(t *testing.T) {
 	for _, n := range m.news {
 		var name, for_ string
 		var ejected bool
-		if fmt.Sscan(n, &name, &ejected, &for_); ejected {
+		if _, _ = fmt.Sscan(n, &name, &ejected, &for_); ejected {
 			got = append(got, for_)
 		}
 	}

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc/resolver"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/limiter"
 )
 
 // endpoint is the state of one endpoint. Picks read it without a lock.
@@ -18,7 +20,9 @@ type endpoint struct {
 	begun   atomic.Int64 // when it first had a connection; 0: not yet
 
 	ejection ejection
-	gate     atomic.Pointer[gate] // for picks
+	gate     atomic.Pointer[gate]         // for picks
+	rate     atomic.Pointer[limiter.Rate] // nil: there is no limit
+	limit    *Rate                        // that rate was made from; guarded by pool.mu
 
 	inFlight atomic.Int64
 	failing  atomic.Bool // the attempt that ended last did not succeed

@@ -37,6 +37,10 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 		failed = call.last.Load()
 	}
 	c, ticket := p.choose(now, settings, failed)
+	if c == nil {
+		p.pool.refused.Add(1)
+		return balancer.PickResult{}, g.hooks.Limited(info.FullMethodName, p.retryAfter(now))
+	}
 	result, err := c.picker.Pick(info)
 	if err != nil {
 		c.settle(ticket, now, breaker.Ignored, false)
@@ -55,39 +59,60 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 }
 
 // choose draws two endpoints and tries the better one first, then the other, then all
-// that follow. failed, where the call has been before, comes last.
+// that follow. failed, where the call has been before, comes last. It returns nil if all
+// are at their rate limit.
 func (p *picker) choose(now time.Duration, s *Settings, failed *endpoint) (*choice, breaker.Ticket) {
 	n := len(p.ready)
-	i := rand.IntN(n)
+	i, j := rand.IntN(n), 0
 	if n > 1 {
-		j := rand.IntN(n - 1)
-		if j >= i {
+		if j = rand.IntN(n - 1); j >= i {
 			j++
 		}
 		if p.prefers(p.ready[j].endpoint, p.ready[i].endpoint, now, s, failed) {
 			i, j = j, i
 		}
-		for _, k := range [...]int{i, j} {
-			if c := &p.ready[k]; c.endpoint != failed {
-				if t, ok := p.pool.admit(c.endpoint, now); ok {
-					return c, t
-				}
-			}
-		}
 	}
-	last := &p.ready[i] // all are ejected since the last look: then none is
-	for k := range n {
-		c := &p.ready[(i+k)%n]
+	var last *choice
+	full := false
+	for k := -1; k < n; k++ { // the other one, and round from the better one
+		c := &p.ready[(i+max(k, 0))%n]
+		if k == 0 {
+			c = &p.ready[j]
+		}
 		if c.endpoint == failed {
 			last = c
 			continue
 		}
-		if t, ok := p.pool.admit(c.endpoint, now); ok {
+		t, v := p.pool.admit(c.endpoint, now)
+		if v == admitted {
 			return c, t
 		}
+		full = full || v == limited
 	}
-	t, _ := p.pool.admit(last.endpoint, now)
-	return last, t
+	if last != nil {
+		t, v := p.pool.admit(last.endpoint, now)
+		if v == admitted {
+			return last, t
+		}
+		full = full || v == limited
+	}
+	if full {
+		return nil, breaker.Ticket{}
+	}
+	return &p.ready[i], breaker.Ticket{} // all were ejected since the last review: then none is
+}
+
+// retryAfter is when the first of the endpoints that are not ejected is below its limit
+// again.
+func (p *picker) retryAfter(now time.Duration) time.Duration {
+	least := time.Duration(math.MaxInt64)
+	for i := range p.ready {
+		heeded := p.ready[i].gate.Load().ejected && !p.pool.panics.Load()
+		if r := p.ready[i].rate.Load(); r != nil && !heeded {
+			least = min(least, r.RetryAfter(now))
+		}
+	}
+	return least
 }
 
 // prefers reports whether b is to be tried rather than a.

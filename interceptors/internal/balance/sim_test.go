@@ -36,6 +36,10 @@ type sim struct {
 	news   []string
 }
 
+type limitedError struct{ retryAfter time.Duration }
+
+func (*limitedError) Error() string { return "limited" }
+
 // server answers an attempt after a time.
 type server func(now time.Duration) (time.Duration, error)
 
@@ -90,6 +94,7 @@ func newSim(tb testing.TB, settings Settings, n int, s server) *sim {
 			return Neutral
 		},
 		Ejected: func(e Ejection) { m.news = append(m.news, fmt.Sprintf("%s %v %v", e.Address, e.Ejected, e.For)) },
+		Limited: func(_ string, retryAfter time.Duration) error { return &limitedError{retryAfter} },
 		Closed:  func() {},
 	})
 	m.pool = newPool(m.group, "sim")

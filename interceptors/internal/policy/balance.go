@@ -15,6 +15,8 @@ type LoadBalancing struct {
 	Breaker            *EndpointBreaker // nil: none
 	MaxEjectionPercent int
 	PanicThreshold     int
+
+	RateLimit *RateLimit // of each endpoint; nil: none
 }
 
 // EndpointBreaker is the circuit breaker of each endpoint.
@@ -54,7 +56,15 @@ func NewLoadBalancing(b *resiliencev1.LoadBalancing) *LoadBalancing {
 			LatencyFactor:  numberOr(e.LatencyFactor, 5),
 		}
 	}
+	if r := b.GetRateLimitPerEndpoint(); r != nil {
+		l.RateLimit = newRateLimit(rateLimit(r), &entry{name: "load_balancing"})
+	}
 	return l
+}
+
+// rateLimit is the part of a RateLimit that an EndpointRateLimit has.
+func rateLimit(r *resiliencev1.EndpointRateLimit) *resiliencev1.RateLimit {
+	return &resiliencev1.RateLimit{Algorithm: r.Algorithm, RequestsPerSecond: r.RequestsPerSecond, Burst: r.Burst}
 }
 
 func (v *validator) loadBalancing(b *resiliencev1.LoadBalancing) {
@@ -66,6 +76,9 @@ func (v *validator) loadBalancing(b *resiliencev1.LoadBalancing) {
 	}
 	v.number("max_ejection_percent", b.MaxEjectionPercent, 0, 100)
 	v.number("panic_threshold", b.PanicThreshold, 0, 100)
+	if r := b.GetRateLimitPerEndpoint(); r != nil {
+		v.in("rate_limit_per_endpoint", func() { v.rate(rateLimit(r), "") })
+	}
 }
 
 func (v *validator) endpointBreaker(b *resiliencev1.EndpointBreaker) {

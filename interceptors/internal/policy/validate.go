@@ -207,19 +207,24 @@ func (v *validator) rateLimit(l *resiliencev1.RateLimit) {
 		v.alone(l, "external")
 		return
 	}
-	v.enum("algorithm", l.Algorithm)
+	v.rate(l, ", or external instead")
 	v.enum("scope", l.Scope)
+	v.duration("max_wait", l.MaxWait, 0, time.Hour)
+}
+
+// rate checks what a bucket or a pacer is made from.
+func (v *validator) rate(l *resiliencev1.RateLimit, instead string) {
+	v.enum("algorithm", l.Algorithm)
 	most, least := 10_000_000, uint32(1)
 	if l.Algorithm == resiliencev1.RateLimit_ALGORITHM_PACING {
 		most, least = 1_000_000, 0 // its interval is in whole nanoseconds
 	}
 	v.number("burst", l.Burst, least, 10_000_000)
-	v.duration("max_wait", l.MaxWait, 0, time.Hour)
 	const month = 30 * 24 * 3600 // seconds
 	switch rate := l.RequestsPerSecond; {
 	case rate == 0:
 		if v.readWhole() {
-			v.fail("requests_per_second", "found 0 or nothing, allowed 0.001 to %d, or external instead", most)
+			v.fail("requests_per_second", "found 0 or nothing, allowed 0.001 to %d%s", most, instead)
 		}
 	case !(rate >= 0.001 && rate <= float64(most)): // also NaN
 		v.fail("requests_per_second", "found %s, allowed 0.001 to %d", short(strconv.FormatFloat(rate, 'f', -1, 64)), most)

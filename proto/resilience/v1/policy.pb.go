@@ -911,8 +911,10 @@ type LoadBalancing struct {
 	// ejected, the ejected ones are used as well. Default: 30. Range: 0 (only when there
 	// is no other) to 100.
 	PanicThreshold *uint32 `protobuf:"varint,6,opt,name=panic_threshold,json=panicThreshold,proto3,oneof" json:"panic_threshold,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Limit on the attempts per second at each endpoint. Unset: none.
+	RateLimitPerEndpoint *EndpointRateLimit `protobuf:"bytes,7,opt,name=rate_limit_per_endpoint,json=rateLimitPerEndpoint,proto3" json:"rate_limit_per_endpoint,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *LoadBalancing) Reset() {
@@ -987,6 +989,81 @@ func (x *LoadBalancing) GetPanicThreshold() uint32 {
 	return 0
 }
 
+func (x *LoadBalancing) GetRateLimitPerEndpoint() *EndpointRateLimit {
+	if x != nil {
+		return x.RateLimitPerEndpoint
+	}
+	return nil
+}
+
+// EndpointRateLimit limits the attempts per second of a channel at each endpoint. An
+// attempt whose endpoint is at the limit goes to another one; when all are, the call is
+// rejected with RESOURCE_EXHAUSTED. Nobody waits.
+type EndpointRateLimit struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Default: token_bucket. With pacing, attempts at one endpoint are
+	// 1/`requests_per_second` apart.
+	Algorithm RateLimit_Algorithm `protobuf:"varint,1,opt,name=algorithm,proto3,enum=resilience.v1.RateLimit_Algorithm" json:"algorithm,omitempty"`
+	// Required. Unit: attempts per second. Range: 0.001 to 10,000,000; for pacing to
+	// 1,000,000.
+	RequestsPerSecond float64 `protobuf:"fixed64,2,opt,name=requests_per_second,json=requestsPerSecond,proto3" json:"requests_per_second,omitempty"`
+	// As in RateLimit.
+	Burst         *uint32 `protobuf:"varint,3,opt,name=burst,proto3,oneof" json:"burst,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndpointRateLimit) Reset() {
+	*x = EndpointRateLimit{}
+	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndpointRateLimit) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndpointRateLimit) ProtoMessage() {}
+
+func (x *EndpointRateLimit) ProtoReflect() protoreflect.Message {
+	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndpointRateLimit.ProtoReflect.Descriptor instead.
+func (*EndpointRateLimit) Descriptor() ([]byte, []int) {
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *EndpointRateLimit) GetAlgorithm() RateLimit_Algorithm {
+	if x != nil {
+		return x.Algorithm
+	}
+	return RateLimit_ALGORITHM_UNSPECIFIED
+}
+
+func (x *EndpointRateLimit) GetRequestsPerSecond() float64 {
+	if x != nil {
+		return x.RequestsPerSecond
+	}
+	return 0
+}
+
+func (x *EndpointRateLimit) GetBurst() uint32 {
+	if x != nil && x.Burst != nil {
+		return *x.Burst
+	}
+	return 0
+}
+
 // EndpointBreaker is the circuit breaker of each endpoint. It sees every attempt of a
 // call, of any method. While it is open, the endpoint is ejected: other endpoints take
 // its calls. Then one call is let through, and its success brings the endpoint back.
@@ -1019,7 +1096,7 @@ type EndpointBreaker struct {
 
 func (x *EndpointBreaker) Reset() {
 	*x = EndpointBreaker{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	mi := &file_resilience_v1_policy_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1031,7 +1108,7 @@ func (x *EndpointBreaker) String() string {
 func (*EndpointBreaker) ProtoMessage() {}
 
 func (x *EndpointBreaker) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	mi := &file_resilience_v1_policy_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1044,7 +1121,7 @@ func (x *EndpointBreaker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointBreaker.ProtoReflect.Descriptor instead.
 func (*EndpointBreaker) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{8}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *EndpointBreaker) GetConsecutiveFailures() uint32 {
@@ -1124,7 +1201,7 @@ type Drain struct {
 
 func (x *Drain) Reset() {
 	*x = Drain{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[9]
+	mi := &file_resilience_v1_policy_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1136,7 +1213,7 @@ func (x *Drain) String() string {
 func (*Drain) ProtoMessage() {}
 
 func (x *Drain) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[9]
+	mi := &file_resilience_v1_policy_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1149,7 +1226,7 @@ func (x *Drain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drain.ProtoReflect.Descriptor instead.
 func (*Drain) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{9}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Drain) GetAnnounce() *durationpb.Duration {
@@ -1248,7 +1325,7 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"\x05scope\x18\x05 \x01(\x0e2\x14.resilience.v1.ScopeR\x05scope\x12\x1a\n" +
 	"\bdisabled\x18\x06 \x01(\bR\bdisabledB\x10\n" +
 	"\x0e_max_in_flightB\x0e\n" +
-	"\f_max_streams\"\xc0\x03\n" +
+	"\f_max_streams\"\x99\x04\n" +
 	"\rLoadBalancing\x12;\n" +
 	"\x06policy\x18\x01 \x01(\x0e2#.resilience.v1.LoadBalancing.PolicyR\x06policy\x12/\n" +
 	"\x05decay\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05decay\x128\n" +
@@ -1256,12 +1333,18 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"slow_start\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\tslowStart\x128\n" +
 	"\abreaker\x18\x04 \x01(\v2\x1e.resilience.v1.EndpointBreakerR\abreaker\x125\n" +
 	"\x14max_ejection_percent\x18\x05 \x01(\rH\x00R\x12maxEjectionPercent\x88\x01\x01\x12,\n" +
-	"\x0fpanic_threshold\x18\x06 \x01(\rH\x01R\x0epanicThreshold\x88\x01\x01\";\n" +
+	"\x0fpanic_threshold\x18\x06 \x01(\rH\x01R\x0epanicThreshold\x88\x01\x01\x12W\n" +
+	"\x17rate_limit_per_endpoint\x18\a \x01(\v2 .resilience.v1.EndpointRateLimitR\x14rateLimitPerEndpoint\";\n" +
 	"\x06Policy\x12\x16\n" +
 	"\x12POLICY_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15POLICY_RESILIENCE_P2C\x10\x01B\x17\n" +
 	"\x15_max_ejection_percentB\x12\n" +
-	"\x10_panic_threshold\"\xa8\x04\n" +
+	"\x10_panic_threshold\"\xaa\x01\n" +
+	"\x11EndpointRateLimit\x12@\n" +
+	"\talgorithm\x18\x01 \x01(\x0e2\".resilience.v1.RateLimit.AlgorithmR\talgorithm\x12.\n" +
+	"\x13requests_per_second\x18\x02 \x01(\x01R\x11requestsPerSecond\x12\x19\n" +
+	"\x05burst\x18\x03 \x01(\rH\x00R\x05burst\x88\x01\x01B\b\n" +
+	"\x06_burst\"\xa8\x04\n" +
 	"\x0fEndpointBreaker\x126\n" +
 	"\x14consecutive_failures\x18\x01 \x01(\rH\x00R\x13consecutiveFailures\x88\x01\x01\x12;\n" +
 	"\x17error_percent_threshold\x18\x02 \x01(\rH\x01R\x15errorPercentThreshold\x88\x01\x01\x12=\n" +
@@ -1300,7 +1383,7 @@ func file_resilience_v1_policy_proto_rawDescGZIP() []byte {
 }
 
 var file_resilience_v1_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_resilience_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_resilience_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_resilience_v1_policy_proto_goTypes = []any{
 	(Scope)(0),                  // 0: resilience.v1.Scope
 	(Breaker_Engine)(0),         // 1: resilience.v1.Breaker.Engine
@@ -1314,9 +1397,10 @@ var file_resilience_v1_policy_proto_goTypes = []any{
 	(*RateLimit)(nil),           // 9: resilience.v1.RateLimit
 	(*ConcurrencyLimit)(nil),    // 10: resilience.v1.ConcurrencyLimit
 	(*LoadBalancing)(nil),       // 11: resilience.v1.LoadBalancing
-	(*EndpointBreaker)(nil),     // 12: resilience.v1.EndpointBreaker
-	(*Drain)(nil),               // 13: resilience.v1.Drain
-	(*durationpb.Duration)(nil), // 14: google.protobuf.Duration
+	(*EndpointRateLimit)(nil),   // 12: resilience.v1.EndpointRateLimit
+	(*EndpointBreaker)(nil),     // 13: resilience.v1.EndpointBreaker
+	(*Drain)(nil),               // 14: resilience.v1.Drain
+	(*durationpb.Duration)(nil), // 15: google.protobuf.Duration
 }
 var file_resilience_v1_policy_proto_depIdxs = []int32{
 	5,  // 0: resilience.v1.Policy.client:type_name -> resilience.v1.ClientPolicy
@@ -1324,39 +1408,41 @@ var file_resilience_v1_policy_proto_depIdxs = []int32{
 	7,  // 2: resilience.v1.ClientPolicy.rules:type_name -> resilience.v1.MethodPolicy
 	11, // 3: resilience.v1.ClientPolicy.load_balancing:type_name -> resilience.v1.LoadBalancing
 	7,  // 4: resilience.v1.ServerPolicy.rules:type_name -> resilience.v1.MethodPolicy
-	13, // 5: resilience.v1.ServerPolicy.drain:type_name -> resilience.v1.Drain
+	14, // 5: resilience.v1.ServerPolicy.drain:type_name -> resilience.v1.Drain
 	8,  // 6: resilience.v1.MethodPolicy.breaker:type_name -> resilience.v1.Breaker
 	9,  // 7: resilience.v1.MethodPolicy.rate_limit:type_name -> resilience.v1.RateLimit
 	10, // 8: resilience.v1.MethodPolicy.concurrency_limit:type_name -> resilience.v1.ConcurrencyLimit
-	14, // 9: resilience.v1.MethodPolicy.timeout:type_name -> google.protobuf.Duration
-	14, // 10: resilience.v1.MethodPolicy.stream_timeout:type_name -> google.protobuf.Duration
-	14, // 11: resilience.v1.MethodPolicy.minimum_budget:type_name -> google.protobuf.Duration
+	15, // 9: resilience.v1.MethodPolicy.timeout:type_name -> google.protobuf.Duration
+	15, // 10: resilience.v1.MethodPolicy.stream_timeout:type_name -> google.protobuf.Duration
+	15, // 11: resilience.v1.MethodPolicy.minimum_budget:type_name -> google.protobuf.Duration
 	1,  // 12: resilience.v1.Breaker.engine:type_name -> resilience.v1.Breaker.Engine
-	14, // 13: resilience.v1.Breaker.window:type_name -> google.protobuf.Duration
-	14, // 14: resilience.v1.Breaker.sleep_window:type_name -> google.protobuf.Duration
-	14, // 15: resilience.v1.Breaker.max_sleep_window:type_name -> google.protobuf.Duration
-	14, // 16: resilience.v1.Breaker.min_deadline:type_name -> google.protobuf.Duration
-	14, // 17: resilience.v1.Breaker.slow_call_threshold:type_name -> google.protobuf.Duration
+	15, // 13: resilience.v1.Breaker.window:type_name -> google.protobuf.Duration
+	15, // 14: resilience.v1.Breaker.sleep_window:type_name -> google.protobuf.Duration
+	15, // 15: resilience.v1.Breaker.max_sleep_window:type_name -> google.protobuf.Duration
+	15, // 16: resilience.v1.Breaker.min_deadline:type_name -> google.protobuf.Duration
+	15, // 17: resilience.v1.Breaker.slow_call_threshold:type_name -> google.protobuf.Duration
 	2,  // 18: resilience.v1.RateLimit.algorithm:type_name -> resilience.v1.RateLimit.Algorithm
-	14, // 19: resilience.v1.RateLimit.max_wait:type_name -> google.protobuf.Duration
+	15, // 19: resilience.v1.RateLimit.max_wait:type_name -> google.protobuf.Duration
 	0,  // 20: resilience.v1.RateLimit.scope:type_name -> resilience.v1.Scope
-	14, // 21: resilience.v1.ConcurrencyLimit.max_queue_wait:type_name -> google.protobuf.Duration
+	15, // 21: resilience.v1.ConcurrencyLimit.max_queue_wait:type_name -> google.protobuf.Duration
 	0,  // 22: resilience.v1.ConcurrencyLimit.scope:type_name -> resilience.v1.Scope
 	3,  // 23: resilience.v1.LoadBalancing.policy:type_name -> resilience.v1.LoadBalancing.Policy
-	14, // 24: resilience.v1.LoadBalancing.decay:type_name -> google.protobuf.Duration
-	14, // 25: resilience.v1.LoadBalancing.slow_start:type_name -> google.protobuf.Duration
-	12, // 26: resilience.v1.LoadBalancing.breaker:type_name -> resilience.v1.EndpointBreaker
-	14, // 27: resilience.v1.EndpointBreaker.window:type_name -> google.protobuf.Duration
-	14, // 28: resilience.v1.EndpointBreaker.sleep_window:type_name -> google.protobuf.Duration
-	14, // 29: resilience.v1.EndpointBreaker.max_sleep_window:type_name -> google.protobuf.Duration
-	14, // 30: resilience.v1.Drain.announce:type_name -> google.protobuf.Duration
-	14, // 31: resilience.v1.Drain.grace:type_name -> google.protobuf.Duration
-	14, // 32: resilience.v1.Drain.cut:type_name -> google.protobuf.Duration
-	33, // [33:33] is the sub-list for method output_type
-	33, // [33:33] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	15, // 24: resilience.v1.LoadBalancing.decay:type_name -> google.protobuf.Duration
+	15, // 25: resilience.v1.LoadBalancing.slow_start:type_name -> google.protobuf.Duration
+	13, // 26: resilience.v1.LoadBalancing.breaker:type_name -> resilience.v1.EndpointBreaker
+	12, // 27: resilience.v1.LoadBalancing.rate_limit_per_endpoint:type_name -> resilience.v1.EndpointRateLimit
+	2,  // 28: resilience.v1.EndpointRateLimit.algorithm:type_name -> resilience.v1.RateLimit.Algorithm
+	15, // 29: resilience.v1.EndpointBreaker.window:type_name -> google.protobuf.Duration
+	15, // 30: resilience.v1.EndpointBreaker.sleep_window:type_name -> google.protobuf.Duration
+	15, // 31: resilience.v1.EndpointBreaker.max_sleep_window:type_name -> google.protobuf.Duration
+	15, // 32: resilience.v1.Drain.announce:type_name -> google.protobuf.Duration
+	15, // 33: resilience.v1.Drain.grace:type_name -> google.protobuf.Duration
+	15, // 34: resilience.v1.Drain.cut:type_name -> google.protobuf.Duration
+	35, // [35:35] is the sub-list for method output_type
+	35, // [35:35] is the sub-list for method input_type
+	35, // [35:35] is the sub-list for extension type_name
+	35, // [35:35] is the sub-list for extension extendee
+	0,  // [0:35] is the sub-list for field type_name
 }
 
 func init() { file_resilience_v1_policy_proto_init() }
@@ -1369,13 +1455,14 @@ func file_resilience_v1_policy_proto_init() {
 	file_resilience_v1_policy_proto_msgTypes[6].OneofWrappers = []any{}
 	file_resilience_v1_policy_proto_msgTypes[7].OneofWrappers = []any{}
 	file_resilience_v1_policy_proto_msgTypes[8].OneofWrappers = []any{}
+	file_resilience_v1_policy_proto_msgTypes[9].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_resilience_v1_policy_proto_rawDesc), len(file_resilience_v1_policy_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   10,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
