@@ -2,9 +2,11 @@ package interceptors_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"strings"
 	"sync"
@@ -309,6 +311,63 @@ func TestBalanceEjects(t *testing.T) {
 		f.load(5*time.Millisecond, 4*time.Second)
 		if share := f.shares()["a:1"]; share < 0.4 || !strings.Contains(log.String(), "endpoint returned") {
 			t.Errorf("healed, it had %.2f of the calls; logged: %s", share, log.String())
+		}
+	})
+}
+
+func TestBalanceSnapshot(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, "client: {load_balancing: {slow_start: 20s, breaker: {consecutive_failures: 1}}}")
+		if text, err := json.Marshal(g.Snapshot()); err != nil || strings.Contains(string(text), "endpoints") {
+			t.Errorf("without channels: %s %v", text, err)
+		}
+		f := newFleet(t, g, "a:1", "b:1")
+		f.conn.Connect()
+		synctest.Wait()
+		f.all(takes(10 * time.Millisecond))
+		f.load(50*time.Millisecond, 4*time.Second)
+		f.servers["a:1"].answer(failsWith(codes.Unavailable))
+		f.load(5*time.Millisecond, 100*time.Millisecond)
+		f.start("c:1")
+		f.list("a:1", "b:1", "c:1", "d:1")
+		time.Sleep(2 * time.Second)
+		f.servers["b:1"].answer(takes(time.Hour))
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for range 2 { // the first may go to c, of which nothing is known
+			wg.Go(func() { _, _ = rpctest.Call(ctx, f.conn, rpctest.Unary, "x") })
+			synctest.Wait()
+			f.servers["c:1"].answer(takes(time.Hour))
+		}
+		got := g.Snapshot().Endpoints
+		cancel()
+		wg.Wait()
+		inFlight := 0
+		for i := range got {
+			inFlight += got[i].InFlight
+			got[i].InFlight = 0
+			if r := &got[i].RetryAfter; *r > 0 {
+				*r = 1
+			}
+			got[i].Latency = math.Round(got[i].Latency*1000) / 1000
+		}
+		want := []interceptors.EndpointSnapshot{
+			{Target: "fleet:///shop", Address: "a:1", State: "ejected", Latency: 0.01, Ejections: map[string]uint64{"consecutive_failures": 1}, RetryAfter: 1},
+			{Target: "fleet:///shop", Address: "b:1", State: "ready", Weight: 1, Latency: 0.01, Ejections: map[string]uint64{}},
+			{Target: "fleet:///shop", Address: "c:1", State: "ready", Weight: 0.1, Ejections: map[string]uint64{}},
+			{Target: "fleet:///shop", Address: "d:1", State: "connecting", Ejections: map[string]uint64{}},
+		}
+		if got, want := fmt.Sprintf("%+v", got), fmt.Sprintf("%+v", want); got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+		if inFlight < 1 {
+			t.Error("nothing in flight")
+		}
+		if err := f.conn.Close(); err != nil {
+			t.Error(err)
+		}
+		if got := g.Snapshot().Endpoints; len(got) > 0 {
+			t.Errorf("after the channel: %+v", got)
 		}
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/balance"
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
 )
 
@@ -30,6 +31,10 @@ type observed struct {
 	decisions, transitions, calls, panics, reloads metric.Int64ObservableCounter
 	state, limit, inflight, queued, drainCalls     metric.Int64ObservableUpDownCounter
 	available                                      metric.Float64ObservableGauge
+
+	endpointState, endpointInFlight    metric.Int64ObservableUpDownCounter
+	endpointWeight, endpointLatency    metric.Float64ObservableGauge
+	endpointEjections, endpointLimited metric.Int64ObservableCounter
 }
 
 // builder makes instruments and keeps the first error.
@@ -48,6 +53,12 @@ func (b *builder) upDown(name, unit, description string) metric.Int64ObservableU
 	c, err := b.Int64ObservableUpDownCounter(name, metric.WithUnit(unit), metric.WithDescription(description))
 	b.note(err)
 	return c
+}
+
+func (b *builder) gauge(name, unit, description string) metric.Float64ObservableGauge {
+	g, err := b.Float64ObservableGauge(name, metric.WithUnit(unit), metric.WithDescription(description))
+	b.note(err)
+	return g
 }
 
 func (b *builder) seconds(name, description string, bounds ...float64) metric.Float64Histogram {
@@ -85,15 +96,21 @@ func newMetrics(g *Guard) (*metrics, error) {
 		queued:      b.upDown("resilience.concurrency.queued", "{call}", "Calls that wait for a place."),
 		drainCalls:  b.upDown("resilience.drain.inflight", "{call}", "Calls being handled while the server drains."),
 	}
-	o.available, err = b.Float64ObservableGauge("resilience.rate.available", metric.WithUnit("{token}"), metric.WithDescription("Tokens that can be taken at once."))
-	b.note(err)
+	o.available = b.gauge("resilience.rate.available", "{token}", "Tokens that can be taken at once.")
+	o.endpointState = b.upDown("resilience.endpoint.state", "{channel}", "Channels by what they do with the endpoint.")
+	o.endpointInFlight = b.upDown("resilience.endpoint.inflight", "{attempt}", "Attempts in flight at the endpoint.")
+	o.endpointWeight = b.gauge("resilience.endpoint.weight", "1", "Share of the endpoint, 1 for a full one.")
+	o.endpointLatency = b.gauge("resilience.endpoint.latency", "s", "Mean latency of unary calls that succeeded.")
+	o.endpointEjections = b.counter("resilience.endpoint.ejections", "{ejection}", "Ejections of the endpoint, by cause.")
+	o.endpointLimited = b.counter("resilience.endpoint.limited", "{attempt}", "Attempts that found all endpoints at their rate limit.")
 	if b.err != nil {
 		return nil, b.err
 	}
 	m.registration, err = b.RegisterCallback(func(_ context.Context, to metric.Observer) error {
 		g.observe(to, &o)
 		return nil
-	}, o.decisions, o.transitions, o.calls, o.panics, o.reloads, o.state, o.limit, o.inflight, o.queued, o.drainCalls, o.available)
+	}, o.decisions, o.transitions, o.calls, o.panics, o.reloads, o.state, o.limit, o.inflight, o.queued, o.drainCalls, o.available,
+		o.endpointState, o.endpointInFlight, o.endpointWeight, o.endpointLatency, o.endpointEjections, o.endpointLimited)
 	return m, err
 }
 
@@ -148,6 +165,62 @@ func (g *Guard) observe(to metric.Observer, o *observed) {
 	to.ObserveInt64(o.drainCalls, int64(draining), ofServer)
 	for _, m := range g.states() {
 		m.observe(to, o, now)
+	}
+	g.observeEndpoints(to, o)
+}
+
+// shownEndpoints bounds the attributes of endpoints, whose addresses come and go.
+const shownEndpoints = 200
+
+// observeEndpoints adds up what several channels know of one endpoint.
+func (g *Guard) observeEndpoints(to metric.Observer, o *observed) {
+	type key struct{ target, address string }
+	type sum struct {
+		EndpointSnapshot // the first one; InFlight and Ejections are those of all
+		states           map[string]int64
+	}
+	var order []key
+	sums := map[key]*sum{}
+	for _, e := range g.endpoints() {
+		k := key{e.Target, e.Address}
+		s := sums[k]
+		if s == nil {
+			if len(order) == shownEndpoints {
+				break
+			}
+			order = append(order, k)
+			s = &sum{EndpointSnapshot: e, states: map[string]int64{}}
+			sums[k] = s
+		} else {
+			s.InFlight += e.InFlight
+			for cause, n := range e.Ejections {
+				s.Ejections[cause] += n
+			}
+		}
+		s.states[e.State]++
+	}
+	for _, k := range order {
+		s := sums[k]
+		attrs := func(more ...attribute.KeyValue) metric.MeasurementOption {
+			return metric.WithAttributes(append(more, system, attribute.String("resilience.target", k.target), attribute.String("resilience.endpoint", k.address))...)
+		}
+		for state := balance.Connecting; state <= balance.Probing; state++ {
+			to.ObserveInt64(o.endpointState, s.states[state.String()], attrs(attribute.String("state", state.String())))
+		}
+		to.ObserveInt64(o.endpointInFlight, int64(s.InFlight), attrs())
+		to.ObserveFloat64(o.endpointWeight, s.Weight, attrs())
+		if s.Latency > 0 {
+			to.ObserveFloat64(o.endpointLatency, s.Latency, attrs())
+		}
+		for cause, n := range s.Ejections {
+			to.ObserveInt64(o.endpointEjections, int64(n), attrs(attribute.String("cause", cause)))
+		}
+	}
+	_, limited := g.balancing.group.Stats()
+	for target, n := range limited {
+		if n > 0 {
+			to.ObserveInt64(o.endpointLimited, int64(n), metric.WithAttributes(system, attribute.String("resilience.target", target)))
+		}
 	}
 }
 

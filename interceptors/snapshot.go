@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"slices"
 	"time"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
 )
 
 // Snapshot is the state of a guard at one time: each gate's values belong
@@ -12,6 +14,22 @@ type Snapshot struct {
 	Methods []MethodSnapshot `json:"methods"` // sorted by side, target, method; those that were called
 	Drain   DrainSnapshot    `json:"drain"`
 	Panics  uint64           `json:"panics"` // recovered since the guard was made, Goexit included
+
+	// Endpoints are those of living channels with client.load_balancing, sorted by target
+	// and address; two channels that have the same one are two entries.
+	Endpoints []EndpointSnapshot `json:"endpoints,omitempty"`
+}
+
+// EndpointSnapshot is what a channel knows of one of its endpoints.
+type EndpointSnapshot struct {
+	Target     string            `json:"target"` // canonical
+	Address    string            `json:"address"`
+	State      string            `json:"state"`               // "connecting" (no connection), "ready", "ejected", or "probing": ejected, with a probe under way
+	Weight     float64           `json:"weight"`              // 1: a full share; less in slow start; 0 unless ready
+	InFlight   int               `json:"in_flight"`           // attempts, streams included
+	Latency    float64           `json:"latency_seconds"`     // EWMA of unary calls that succeeded; 0: not known
+	Ejections  map[string]uint64 `json:"ejections"`           // by cause, without zeros: "consecutive_failures", "error_percent", "slow_calls", "probe_failure"
+	RetryAfter float64           `json:"retry_after_seconds"` // until an ejected one is probed
 }
 
 // MethodSnapshot is the state of one method's gates. A gate that the method does
@@ -93,7 +111,29 @@ func (g *Guard) Snapshot() Snapshot {
 	slices.SortStableFunc(s.Methods, func(a, b MethodSnapshot) int {
 		return cmp.Or(cmp.Compare(a.Side, b.Side), cmp.Compare(a.Target, b.Target), cmp.Compare(a.Method, b.Method))
 	})
+	s.Endpoints = g.endpoints()
 	return s
+}
+
+func (g *Guard) endpoints() []EndpointSnapshot {
+	stats, _ := g.balancing.group.Stats()
+	var all []EndpointSnapshot
+	for _, e := range stats {
+		s := EndpointSnapshot{
+			Target: e.Target, Address: e.Address, State: e.State.String(), Weight: e.Weight, InFlight: e.InFlight,
+			Latency: e.Latency.Seconds(), Ejections: map[string]uint64{}, RetryAfter: e.RetryAfter.Seconds(),
+		}
+		for cause, n := range e.Ejections {
+			if n > 0 {
+				s.Ejections[breaker.Cause(cause).String()] = n
+			}
+		}
+		all = append(all, s)
+	}
+	slices.SortStableFunc(all, func(a, b EndpointSnapshot) int {
+		return cmp.Or(cmp.Compare(a.Target, b.Target), cmp.Compare(a.Address, b.Address))
+	})
+	return all
 }
 
 // states returns the gates of both sides, in no order.
