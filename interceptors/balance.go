@@ -2,6 +2,7 @@ package interceptors
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -23,13 +24,15 @@ import (
 type balancing struct {
 	group *balance.Group
 
-	on      atomic.Bool                     // DialOptions has given a service config
-	looked  atomic.Pointer[grpc.ClientConn] // the channel whose service config was looked at last
-	mu      sync.Mutex
-	ignored map[string]bool // targets of which it was logged that another config is in force; guarded by mu
+	on       atomic.Bool                     // DialOptions has given a service config
+	balanced atomic.Bool                     // with load balancing
+	looked   atomic.Pointer[grpc.ClientConn] // the channel whose service config was looked at last
+	mu       sync.Mutex
+	ignored  map[string]bool // targets of which it was logged that another config is in force; guarded by mu
 
 	// Guarded by Guard.reloading.
 	config string // the channels' service config; "": none
+	wanted bool   // it has load balancing
 	given  bool   // DialOptions has given it
 }
 
@@ -46,7 +49,8 @@ func (g *Guard) initBalancing(c *compiled) {
 		Limited: endpointsLimited,
 		Closed:  func() { b.looked.Store(nil) },
 	})
-	b.config = b.serviceConfig(c)
+	b.config, b.wanted = b.serviceConfig(c), c.balancing != nil
+	g.warnRetries(c.client)
 }
 
 // balanceSettings are those of a policy; nil: it has none, and no balancer will ask.
@@ -89,16 +93,65 @@ func (g *Guard) logEjection(e balance.Ejection) {
 	g.log(slog.LevelWarn, "endpoint ejected", append(endpoint, slog.String("cause", e.Cause.String()), slog.Duration("for", e.For))...)
 }
 
-// serviceConfig is the default service config of the guard's channels. The first item of
-// methodConfig is a mark, for a service that nobody has: see lookAtConfig.
+// serviceConfig is the default service config of the guard's channels; "": they need none.
+// The first item of methodConfig is a mark, for a service that nobody has: see lookAtConfig.
 func (b *balancing) serviceConfig(c *compiled) string {
-	if c.balancing == nil {
+	retries := c.client.Retries()
+	if c.balancing == nil && len(retries) == 0 {
 		return ""
 	}
 	var s strings.Builder
-	fmt.Fprintf(&s, `{"methodConfig":[{"name":[{"service":%q}],"maxRequestMessageBytes":%d}]`, b.mark(), b.group.Number())
-	fmt.Fprintf(&s, `,"loadBalancingConfig":[%s]}`, b.group.Config())
+	fmt.Fprintf(&s, `{"methodConfig":[{"name":[{"service":%q}],"maxRequestMessageBytes":%d}`, b.mark(), b.group.Number())
+	named := map[string]bool{}
+	for _, r := range retries {
+		service, method := splitMethod(r.Pattern)
+		named[service] = named[service] || method == ""
+		fmt.Fprintf(&s, `,{"name":[{"service":%q,"method":%q}]%s}`, service, method, retryPolicy(r.Retry))
+	}
+	if named[""] {
+		for _, service := range grpcServices {
+			if !named[service] {
+				fmt.Fprintf(&s, `,{"name":[{"service":%q}]}`, service)
+			}
+		}
+	}
+	s.WriteByte(']')
+	if len(retries) > 0 {
+		fmt.Fprintf(&s, `,"retryThrottling":{"maxTokens":%d,"tokenRatio":%v}`, c.throttling.MaxTokens, c.throttling.TokenRatio)
+	}
+	if c.balancing != nil {
+		fmt.Fprintf(&s, `,"loadBalancingConfig":[%s]`, b.group.Config())
+	}
+	s.WriteByte('}')
 	return s.String()
+}
+
+// grpcServices are those of package grpc that clients call. No "*" is for them.
+var grpcServices = [...]string{"grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection", "grpc.channelz.v1.Channelz"}
+
+// splitMethod is a pattern in a service config's words: an empty method, or service, is
+// for all.
+func splitMethod(pattern string) (service, method string) {
+	service, method, _ = strings.Cut(strings.TrimPrefix(pattern, "/"), "/")
+	return strings.TrimSuffix(service, "*"), strings.TrimSuffix(method, "*")
+}
+
+func retryPolicy(r *policy.Retry) string {
+	if r == nil {
+		return ""
+	}
+	return fmt.Sprintf(`,"retryPolicy":{"maxAttempts":%d,"initialBackoff":"%.9fs","maxBackoff":"%.9fs","backoffMultiplier":%v,"retryableStatusCodes":["%s"]}`,
+		r.MaxAttempts, r.InitialBackoff.Seconds(), r.MaxBackoff.Seconds(), r.BackoffMultiplier, strings.Join(r.Codes, `","`))
+}
+
+// warnRetries says so when a policy retries what may have been done.
+func (g *Guard) warnRetries(rules *policy.Table) {
+	for _, r := range rules.Retries() {
+		if r.Retry != nil && len(r.Retry.Unsafe()) > 0 {
+			g.log(slog.LevelWarn, "the policy retries calls that may have been carried out: only methods that may run twice (idempotent ones) are safe",
+				slog.String("rule", r.Retry.Rule), slog.String("pattern", r.Pattern), slog.String("codes", strings.Join(r.Retry.Unsafe(), " ")))
+		}
+	}
 }
 
 func (b *balancing) mark() string { return fmt.Sprintf("grpc.resilience.guard%d", b.group.Number()) }
@@ -107,7 +160,7 @@ func (b *balancing) mark() string { return fmt.Sprintf("grpc.resilience.guard%d"
 // channels were given. The caller holds Guard.reloading.
 func (b *balancing) reloadable(c *compiled) error {
 	if b.given && b.serviceConfig(c) != b.config {
-		return fmt.Errorf("client.load_balancing: found it where it was not, or not where it was, " +
+		return errors.New("client: found that load_balancing is switched on or off, or that retry or retry_throttling are others, " +
 			"allowed only before DialOptions: a channel keeps the service config that it was made with")
 	}
 	return nil
@@ -115,7 +168,7 @@ func (b *balancing) reloadable(c *compiled) error {
 
 // reload sets the parameters of living balancers. The caller holds Guard.reloading.
 func (b *balancing) reload(c *compiled) {
-	b.config = b.serviceConfig(c)
+	b.config, b.wanted = b.serviceConfig(c), c.balancing != nil
 	b.group.Set(balanceSettings(c.balancing))
 }
 
@@ -128,6 +181,7 @@ func (b *balancing) dialOption(reloading *sync.Mutex) grpc.DialOption {
 		return nil
 	}
 	b.on.Store(true)
+	b.balanced.Store(b.wanted)
 	return grpc.WithDefaultServiceConfig(b.config)
 }
 
@@ -149,7 +203,7 @@ func (g *Guard) lookAtConfig(cc *grpc.ClientConn) {
 	b.ignored[target] = true
 	b.mu.Unlock()
 	if !again {
-		g.log(slog.LevelWarn, "the channel has another service config than the guard's: client.load_balancing is not in force",
+		g.log(slog.LevelWarn, "the channel has another service config than the guard's: load_balancing and retry of the policy are not in force",
 			slog.String("target", target), slog.String("cause", "its resolver gives one (grpc.WithDisableServiceConfig ignores that), or a later dial option does"))
 	}
 }

@@ -627,7 +627,7 @@ func TestBalanceReload(t *testing.T) {
 		if share := f.shares()["new:1"]; share < 0.1 {
 			t.Errorf("without slow start a new endpoint had %.2f of the calls", share)
 		}
-		if err := reload(g, "client: {}"); err == nil || !strings.Contains(err.Error(), "client.load_balancing: found") {
+		if err := reload(g, "client: {}"); err == nil || !strings.Contains(err.Error(), "load_balancing is switched") {
 			t.Errorf("switched off under a channel: %v", err)
 		}
 	})

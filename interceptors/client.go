@@ -78,6 +78,9 @@ func (c *call) unary(ctx context.Context, req, reply any, cc *grpc.ClientConn, i
 	if cancel != nil {
 		defer cancel()
 	}
+	if c.gates.policy.Retry != nil && c.guard.balancing.balanced.Load() {
+		callCtx = balance.NewRetried(callCtx)
+	}
 	err = invoker(callCtx, c.method, req, reply, cc, opts...)
 	e.err, e.unwound = err, false
 	return out, err
@@ -99,8 +102,8 @@ func (c *call) withTimeout(ctx context.Context) (context.Context, context.Cancel
 
 func (g *Guard) streamClient(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	m := g.client.lookup(cc, method)
-	if g.balancing.on.Load() {
-		defer g.lookAtConfig(cc)
+	defer g.lookAtConfig(cc)
+	if g.balancing.balanced.Load() {
 		ctx = balance.NewStream(ctx)
 	}
 	if m == nil {

@@ -102,6 +102,7 @@ func New(p *resiliencev1.Policy, opts ...Option) (*Guard, error) {
 type compiled struct {
 	client, server *policy.Table
 	balancing      *policy.LoadBalancing // nil: gRPC's own
+	throttling     policy.RetryThrottling
 	drain          policy.Drain
 	hystrix        bool // a rule names the engine
 }
@@ -114,6 +115,7 @@ func (o *options) compile(p *resiliencev1.Policy) (*compiled, error) {
 		return nil, errors.Join(err, limiters)
 	}
 	c := &compiled{client: policy.NewTable(client), server: policy.NewTable(server), drain: policy.NewDrain(p.GetServer().GetDrain())}
+	c.throttling = policy.NewRetryThrottling(p.GetClient().GetRetryThrottling())
 	c.balancing = policy.NewLoadBalancing(p.GetClient().GetLoadBalancing())
 	c.hystrix = slices.ContainsFunc(slices.Concat(client, server), policy.UsesHystrix)
 	return c, errors.Join(o.fallbacks.check(c.client), limiters)
@@ -131,7 +133,7 @@ func (g *Guard) hystrixScope() breaker.HystrixScope { return breaker.HystrixScop
 // DialOptions returns what grpc.NewClient needs to put the guard around a
 // channel's calls, followed by extra. Ours come first, so the guard is outside
 // of interceptors in extra; to put something outside of the guard, put it
-// before. With client.load_balancing there is a default service config among them
+// before. With client.load_balancing or a rule's retry there is a default service config among them
 // (grpc.WithDefaultServiceConfig): one that the resolver gives, or one in extra, takes
 // its place, and a warning is logged; grpc.WithDisableServiceConfig in extra ignores the
 // resolver's.

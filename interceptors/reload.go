@@ -36,6 +36,8 @@ type reloads struct{ applied, rejected atomic.Uint64 }
 //   - A limit that is gone lets who waits go at once.
 //   - Counts go on; a method that is given nothing any more, because no rule is for it or
 //     all of its blocks are disabled, loses them with its state.
+//   - client.load_balancing sets its parameters in living channels. Once DialOptions was
+//     called, it cannot be switched on or off, and retry cannot change: an error says so.
 //   - server.drain is read when a drain comes to the phase.
 //
 // Calls that have begun keep their timeout, and end with the gates that they began
@@ -57,6 +59,7 @@ func (g *Guard) Reload(p *resiliencev1.Policy) error {
 	for m, err := range refused {
 		g.warnNoCircuit(m, err)
 	}
+	g.warnRetries(g.client.rules.Load())
 	g.log(slog.LevelInfo, "policy reloaded",
 		slog.Int("client_rules", len(p.GetClient().GetRules())), slog.Int("server_rules", len(p.GetServer().GetRules())))
 	return nil

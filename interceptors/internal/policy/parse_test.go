@@ -245,7 +245,7 @@ func TestCase38_Sizes(t *testing.T) {
 		"4 MiB":         {comment(4 << 20), ""},
 		"4 MiB + 1":     {comment(4<<20 + 1), "big.yaml:1:1: policy: found 4194305 bytes, allowed 4194304"},
 		"10 MB":         {bytes.Repeat([]byte("a: b\n"), 2_000_000), "big.yaml:1:1: policy: found 10000000 bytes, allowed 4194304"},
-		"lists":         {nested("[", "]", 5000), "big.yaml:1:9: client: found a list, allowed a mapping with rules, load_balancing"},
+		"lists":         {nested("[", "]", 5000), "big.yaml:1:9: client: found a list, allowed a mapping with rules, load_balancing, retry_throttling"},
 		"deep lists":    {nested("[", "]", 1<<20), tooDeep},
 		"deep mappings": {nested("{a: ", "}", 1<<18), tooDeep},
 	} {

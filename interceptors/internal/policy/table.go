@@ -210,6 +210,9 @@ func (t *Table) effective(method string) *Effective {
 	if c, from := inherit(chain, (*resiliencev1.MethodPolicy).GetConcurrencyLimit); c != nil && !c.GetDisabled() {
 		e.Concurrency = newConcurrency(c, from)
 	}
+	if r, from := inherit(chain, (*resiliencev1.MethodPolicy).GetRetry); r != nil && !r.GetDisabled() {
+		e.Retry = newRetry(r, from)
+	}
 	if e == (Effective{Pattern: e.Pattern, Rule: e.Rule}) {
 		return nil
 	}
@@ -242,6 +245,7 @@ type Effective struct {
 	Breaker       *Breaker      // nil: none
 	RateLimit     *RateLimit    // nil: none
 	Concurrency   *Concurrency  // nil: none
+	Retry         *Retry        // nil: none
 }
 
 // Breaker is the circuit breaker of one method.

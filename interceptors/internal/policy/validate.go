@@ -44,6 +44,9 @@ func (v *validator) policy(p *resiliencev1.Policy) {
 		if b := p.GetClient().GetLoadBalancing(); b != nil {
 			v.in("load_balancing", func() { v.loadBalancing(b) })
 		}
+		if r := p.GetClient().GetRetryThrottling(); r != nil {
+			v.in("retry_throttling", func() { v.retryThrottling(r) })
+		}
 	})
 	v.in("server", func() {
 		v.rules(p.GetServer().GetRules())
@@ -92,13 +95,16 @@ func (v *validator) rule(r *resiliencev1.MethodPolicy) {
 	if c := r.GetConcurrencyLimit(); c != nil {
 		v.in("concurrency_limit", func() { v.concurrencyLimit(c) })
 	}
+	if retry := r.GetRetry(); retry != nil {
+		v.in("retry", func() { v.retry(retry) })
+	}
 	v.timeout("timeout", r.GetTimeout(), 24*time.Hour)
 	v.timeout("stream_timeout", r.GetStreamTimeout(), 720*time.Hour)
 	v.duration("minimum_budget", r.GetMinimumBudget(), 0, time.Hour)
 	if v.readWhole() && r.GetBreaker() == nil && r.GetRateLimit() == nil && r.GetConcurrencyLimit() == nil &&
-		r.GetTimeout() == nil && r.GetStreamTimeout() == nil && r.GetMinimumBudget() == nil {
+		r.GetTimeout() == nil && r.GetStreamTimeout() == nil && r.GetMinimumBudget() == nil && r.GetRetry() == nil {
 		v.fail("", "found a rule that sets nothing, allowed one with "+
-			"breaker, rate_limit, concurrency_limit, timeout, stream_timeout or minimum_budget")
+			"breaker, rate_limit, concurrency_limit, timeout, stream_timeout, minimum_budget or retry")
 	}
 }
 

@@ -49,7 +49,7 @@ func TestValidateGoValues(t *testing.T) {
 		"nil policy": {nil, []string{"policy: found nil, allowed a policy"}},
 		"nil rule": {clientRule(nil), []string{
 			`client.rules[0].methods: found nothing, allowed one or more of "*", "/pkg.Service/*" or "/pkg.Service/Method"`,
-			"client.rules[0]: found a rule that sets nothing, allowed one with breaker, rate_limit, concurrency_limit, timeout, stream_timeout or minimum_budget",
+			"client.rules[0]: found a rule that sets nothing, allowed one with breaker, rate_limit, concurrency_limit, timeout, stream_timeout, minimum_budget or retry",
 		}},
 		"zero": {window(durationpb.New(0)), []string{"client.rules[0].breaker.window: found 0s, allowed 100ms to 1h"}},
 		"nanosecond short": {

@@ -134,7 +134,7 @@ func (x Breaker_Engine) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Breaker_Engine.Descriptor instead.
 func (Breaker_Engine) EnumDescriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{4, 0}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{6, 0}
 }
 
 // Algorithm is the way in which permissions are spread over time.
@@ -188,7 +188,7 @@ func (x RateLimit_Algorithm) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use RateLimit_Algorithm.Descriptor instead.
 func (RateLimit_Algorithm) EnumDescriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{5, 0}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{7, 0}
 }
 
 // Policy is the name of a balancer.
@@ -238,7 +238,7 @@ func (x LoadBalancing_Policy) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use LoadBalancing_Policy.Descriptor instead.
 func (LoadBalancing_Policy) EnumDescriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{7, 0}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{9, 0}
 }
 
 // Policy is everything that one guard enforces.
@@ -306,8 +306,11 @@ type ClientPolicy struct {
 	// How calls are spread over the endpoints of a target. Unset: as gRPC does
 	// without it.
 	LoadBalancing *LoadBalancing `protobuf:"bytes,2,opt,name=load_balancing,json=loadBalancing,proto3" json:"load_balancing,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// Bounds the retries of a channel, of all its methods together. Unset: all defaults,
+	// if a rule has retry.
+	RetryThrottling *RetryThrottling `protobuf:"bytes,3,opt,name=retry_throttling,json=retryThrottling,proto3" json:"retry_throttling,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ClientPolicy) Reset() {
@@ -350,6 +353,13 @@ func (x *ClientPolicy) GetRules() []*MethodPolicy {
 func (x *ClientPolicy) GetLoadBalancing() *LoadBalancing {
 	if x != nil {
 		return x.LoadBalancing
+	}
+	return nil
+}
+
+func (x *ClientPolicy) GetRetryThrottling() *RetryThrottling {
+	if x != nil {
+		return x.RetryThrottling
 	}
 	return nil
 }
@@ -440,6 +450,9 @@ type MethodPolicy struct {
 	// DEADLINE_EXCEEDED before it costs anything. 0s: none, also where a less
 	// specific rule has one. Unset: inherited. Range: 0s to 1h.
 	MinimumBudget *durationpb.Duration `protobuf:"bytes,8,opt,name=minimum_budget,json=minimumBudget,proto3" json:"minimum_budget,omitempty"`
+	// Retries by gRPC itself, further in than the other blocks: they see one call. Client
+	// only. Unset: inherited.
+	Retry         *Retry `protobuf:"bytes,9,opt,name=retry,proto3" json:"retry,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -530,6 +543,168 @@ func (x *MethodPolicy) GetMinimumBudget() *durationpb.Duration {
 	return nil
 }
 
+func (x *MethodPolicy) GetRetry() *Retry {
+	if x != nil {
+		return x.Retry
+	}
+	return nil
+}
+
+// Retry is gRPC's retryPolicy (gRFC A6), which the guard puts into the channel's default
+// service config. A server's pushback is obeyed.
+type Retry struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Attempts of a call, the first one included. Default: 3. Range: 2 to 5, gRPC's own
+	// limit.
+	MaxAttempts *uint32 `protobuf:"varint,1,opt,name=max_attempts,json=maxAttempts,proto3,oneof" json:"max_attempts,omitempty"`
+	// Time before the second attempt; 20 % more or less at random. Default: 50ms. Range:
+	// 1ms to 1m.
+	InitialBackoff *durationpb.Duration `protobuf:"bytes,2,opt,name=initial_backoff,json=initialBackoff,proto3" json:"initial_backoff,omitempty"`
+	// What the time grows up to. Default: 1s, or the initial_backoff if that is longer.
+	// Range: initial_backoff to 10m.
+	MaxBackoff *durationpb.Duration `protobuf:"bytes,3,opt,name=max_backoff,json=maxBackoff,proto3" json:"max_backoff,omitempty"`
+	// What the time is multiplied with after each attempt. Default: 2. Range: 1 to 10.
+	BackoffMultiplier float64 `protobuf:"fixed64,4,opt,name=backoff_multiplier,json=backoffMultiplier,proto3" json:"backoff_multiplier,omitempty"`
+	// Status codes that are retried, by gRPC's names. Default: UNAVAILABLE. OK and
+	// CANCELLED are not allowed. Codes other than UNAVAILABLE and RESOURCE_EXHAUSTED may
+	// come of work that was done: retrying them is logged as a warning.
+	RetryableCodes []string `protobuf:"bytes,5,rep,name=retryable_codes,json=retryableCodes,proto3" json:"retryable_codes,omitempty"`
+	// Switches inherited retries off. Default: false. Excludes other fields.
+	Disabled      bool `protobuf:"varint,6,opt,name=disabled,proto3" json:"disabled,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Retry) Reset() {
+	*x = Retry{}
+	mi := &file_resilience_v1_policy_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Retry) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Retry) ProtoMessage() {}
+
+func (x *Retry) ProtoReflect() protoreflect.Message {
+	mi := &file_resilience_v1_policy_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Retry.ProtoReflect.Descriptor instead.
+func (*Retry) Descriptor() ([]byte, []int) {
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Retry) GetMaxAttempts() uint32 {
+	if x != nil && x.MaxAttempts != nil {
+		return *x.MaxAttempts
+	}
+	return 0
+}
+
+func (x *Retry) GetInitialBackoff() *durationpb.Duration {
+	if x != nil {
+		return x.InitialBackoff
+	}
+	return nil
+}
+
+func (x *Retry) GetMaxBackoff() *durationpb.Duration {
+	if x != nil {
+		return x.MaxBackoff
+	}
+	return nil
+}
+
+func (x *Retry) GetBackoffMultiplier() float64 {
+	if x != nil {
+		return x.BackoffMultiplier
+	}
+	return 0
+}
+
+func (x *Retry) GetRetryableCodes() []string {
+	if x != nil {
+		return x.RetryableCodes
+	}
+	return nil
+}
+
+func (x *Retry) GetDisabled() bool {
+	if x != nil {
+		return x.Disabled
+	}
+	return false
+}
+
+// RetryThrottling is gRPC's retryThrottling (gRFC A6), a budget of each channel: a
+// retryable failure takes a token, a call that succeeds adds token_ratio of one, and
+// there are retries only while more than half of max_tokens are there.
+type RetryThrottling struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Default: 10. Range: 2 to 1,000.
+	MaxTokens *uint32 `protobuf:"varint,1,opt,name=max_tokens,json=maxTokens,proto3,oneof" json:"max_tokens,omitempty"`
+	// In the long run no more retries than this for each call that succeeds. Default: 0.1.
+	// Range: 0.001 to 1.
+	TokenRatio    float64 `protobuf:"fixed64,2,opt,name=token_ratio,json=tokenRatio,proto3" json:"token_ratio,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RetryThrottling) Reset() {
+	*x = RetryThrottling{}
+	mi := &file_resilience_v1_policy_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RetryThrottling) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RetryThrottling) ProtoMessage() {}
+
+func (x *RetryThrottling) ProtoReflect() protoreflect.Message {
+	mi := &file_resilience_v1_policy_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RetryThrottling.ProtoReflect.Descriptor instead.
+func (*RetryThrottling) Descriptor() ([]byte, []int) {
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *RetryThrottling) GetMaxTokens() uint32 {
+	if x != nil && x.MaxTokens != nil {
+		return *x.MaxTokens
+	}
+	return 0
+}
+
+func (x *RetryThrottling) GetTokenRatio() float64 {
+	if x != nil {
+		return x.TokenRatio
+	}
+	return 0
+}
+
 // Breaker is a circuit breaker, in Hystrix's own words and with its defaults.
 type Breaker struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -574,7 +749,7 @@ type Breaker struct {
 
 func (x *Breaker) Reset() {
 	*x = Breaker{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[4]
+	mi := &file_resilience_v1_policy_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -586,7 +761,7 @@ func (x *Breaker) String() string {
 func (*Breaker) ProtoMessage() {}
 
 func (x *Breaker) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[4]
+	mi := &file_resilience_v1_policy_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -599,7 +774,7 @@ func (x *Breaker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Breaker.ProtoReflect.Descriptor instead.
 func (*Breaker) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{4}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Breaker) GetEngine() Breaker_Engine {
@@ -716,7 +891,7 @@ type RateLimit struct {
 
 func (x *RateLimit) Reset() {
 	*x = RateLimit{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[5]
+	mi := &file_resilience_v1_policy_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -728,7 +903,7 @@ func (x *RateLimit) String() string {
 func (*RateLimit) ProtoMessage() {}
 
 func (x *RateLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[5]
+	mi := &file_resilience_v1_policy_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -741,7 +916,7 @@ func (x *RateLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RateLimit.ProtoReflect.Descriptor instead.
 func (*RateLimit) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{5}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RateLimit) GetAlgorithm() RateLimit_Algorithm {
@@ -819,7 +994,7 @@ type ConcurrencyLimit struct {
 
 func (x *ConcurrencyLimit) Reset() {
 	*x = ConcurrencyLimit{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[6]
+	mi := &file_resilience_v1_policy_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -831,7 +1006,7 @@ func (x *ConcurrencyLimit) String() string {
 func (*ConcurrencyLimit) ProtoMessage() {}
 
 func (x *ConcurrencyLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[6]
+	mi := &file_resilience_v1_policy_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -844,7 +1019,7 @@ func (x *ConcurrencyLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConcurrencyLimit.ProtoReflect.Descriptor instead.
 func (*ConcurrencyLimit) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{6}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ConcurrencyLimit) GetMaxInFlight() uint32 {
@@ -919,7 +1094,7 @@ type LoadBalancing struct {
 
 func (x *LoadBalancing) Reset() {
 	*x = LoadBalancing{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[7]
+	mi := &file_resilience_v1_policy_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -931,7 +1106,7 @@ func (x *LoadBalancing) String() string {
 func (*LoadBalancing) ProtoMessage() {}
 
 func (x *LoadBalancing) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[7]
+	mi := &file_resilience_v1_policy_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -944,7 +1119,7 @@ func (x *LoadBalancing) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LoadBalancing.ProtoReflect.Descriptor instead.
 func (*LoadBalancing) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{7}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *LoadBalancing) GetPolicy() LoadBalancing_Policy {
@@ -1015,7 +1190,7 @@ type EndpointRateLimit struct {
 
 func (x *EndpointRateLimit) Reset() {
 	*x = EndpointRateLimit{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	mi := &file_resilience_v1_policy_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1027,7 +1202,7 @@ func (x *EndpointRateLimit) String() string {
 func (*EndpointRateLimit) ProtoMessage() {}
 
 func (x *EndpointRateLimit) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[8]
+	mi := &file_resilience_v1_policy_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1040,7 +1215,7 @@ func (x *EndpointRateLimit) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointRateLimit.ProtoReflect.Descriptor instead.
 func (*EndpointRateLimit) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{8}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *EndpointRateLimit) GetAlgorithm() RateLimit_Algorithm {
@@ -1096,7 +1271,7 @@ type EndpointBreaker struct {
 
 func (x *EndpointBreaker) Reset() {
 	*x = EndpointBreaker{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[9]
+	mi := &file_resilience_v1_policy_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1283,7 @@ func (x *EndpointBreaker) String() string {
 func (*EndpointBreaker) ProtoMessage() {}
 
 func (x *EndpointBreaker) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[9]
+	mi := &file_resilience_v1_policy_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1296,7 @@ func (x *EndpointBreaker) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EndpointBreaker.ProtoReflect.Descriptor instead.
 func (*EndpointBreaker) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{9}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *EndpointBreaker) GetConsecutiveFailures() uint32 {
@@ -1201,7 +1376,7 @@ type Drain struct {
 
 func (x *Drain) Reset() {
 	*x = Drain{}
-	mi := &file_resilience_v1_policy_proto_msgTypes[10]
+	mi := &file_resilience_v1_policy_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1213,7 +1388,7 @@ func (x *Drain) String() string {
 func (*Drain) ProtoMessage() {}
 
 func (x *Drain) ProtoReflect() protoreflect.Message {
-	mi := &file_resilience_v1_policy_proto_msgTypes[10]
+	mi := &file_resilience_v1_policy_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1226,7 +1401,7 @@ func (x *Drain) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Drain.ProtoReflect.Descriptor instead.
 func (*Drain) Descriptor() ([]byte, []int) {
-	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{10}
+	return file_resilience_v1_policy_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Drain) GetAnnounce() *durationpb.Duration {
@@ -1264,13 +1439,14 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"\x1aresilience/v1/policy.proto\x12\rresilience.v1\x1a\x1egoogle/protobuf/duration.proto\"r\n" +
 	"\x06Policy\x123\n" +
 	"\x06client\x18\x01 \x01(\v2\x1b.resilience.v1.ClientPolicyR\x06client\x123\n" +
-	"\x06server\x18\x02 \x01(\v2\x1b.resilience.v1.ServerPolicyR\x06server\"\x86\x01\n" +
+	"\x06server\x18\x02 \x01(\v2\x1b.resilience.v1.ServerPolicyR\x06server\"\xd1\x01\n" +
 	"\fClientPolicy\x121\n" +
 	"\x05rules\x18\x01 \x03(\v2\x1b.resilience.v1.MethodPolicyR\x05rules\x12C\n" +
-	"\x0eload_balancing\x18\x02 \x01(\v2\x1c.resilience.v1.LoadBalancingR\rloadBalancing\"m\n" +
+	"\x0eload_balancing\x18\x02 \x01(\v2\x1c.resilience.v1.LoadBalancingR\rloadBalancing\x12I\n" +
+	"\x10retry_throttling\x18\x03 \x01(\v2\x1e.resilience.v1.RetryThrottlingR\x0fretryThrottling\"m\n" +
 	"\fServerPolicy\x121\n" +
 	"\x05rules\x18\x01 \x03(\v2\x1b.resilience.v1.MethodPolicyR\x05rules\x12*\n" +
-	"\x05drain\x18\x02 \x01(\v2\x14.resilience.v1.DrainR\x05drain\"\xae\x03\n" +
+	"\x05drain\x18\x02 \x01(\v2\x14.resilience.v1.DrainR\x05drain\"\xda\x03\n" +
 	"\fMethodPolicy\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\amethods\x18\x02 \x03(\tR\amethods\x120\n" +
@@ -1280,7 +1456,23 @@ const file_resilience_v1_policy_proto_rawDesc = "" +
 	"\x11concurrency_limit\x18\x05 \x01(\v2\x1f.resilience.v1.ConcurrencyLimitR\x10concurrencyLimit\x123\n" +
 	"\atimeout\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x12@\n" +
 	"\x0estream_timeout\x18\a \x01(\v2\x19.google.protobuf.DurationR\rstreamTimeout\x12@\n" +
-	"\x0eminimum_budget\x18\b \x01(\v2\x19.google.protobuf.DurationR\rminimumBudget\"\xe6\x06\n" +
+	"\x0eminimum_budget\x18\b \x01(\v2\x19.google.protobuf.DurationR\rminimumBudget\x12*\n" +
+	"\x05retry\x18\t \x01(\v2\x14.resilience.v1.RetryR\x05retry\"\xb4\x02\n" +
+	"\x05Retry\x12&\n" +
+	"\fmax_attempts\x18\x01 \x01(\rH\x00R\vmaxAttempts\x88\x01\x01\x12B\n" +
+	"\x0finitial_backoff\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x0einitialBackoff\x12:\n" +
+	"\vmax_backoff\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\n" +
+	"maxBackoff\x12-\n" +
+	"\x12backoff_multiplier\x18\x04 \x01(\x01R\x11backoffMultiplier\x12'\n" +
+	"\x0fretryable_codes\x18\x05 \x03(\tR\x0eretryableCodes\x12\x1a\n" +
+	"\bdisabled\x18\x06 \x01(\bR\bdisabledB\x0f\n" +
+	"\r_max_attempts\"e\n" +
+	"\x0fRetryThrottling\x12\"\n" +
+	"\n" +
+	"max_tokens\x18\x01 \x01(\rH\x00R\tmaxTokens\x88\x01\x01\x12\x1f\n" +
+	"\vtoken_ratio\x18\x02 \x01(\x01R\n" +
+	"tokenRatioB\r\n" +
+	"\v_max_tokens\"\xe6\x06\n" +
 	"\aBreaker\x125\n" +
 	"\x06engine\x18\x01 \x01(\x0e2\x1d.resilience.v1.Breaker.EngineR\x06engine\x12;\n" +
 	"\x17error_percent_threshold\x18\x02 \x01(\rH\x00R\x15errorPercentThreshold\x88\x01\x01\x12=\n" +
@@ -1383,7 +1575,7 @@ func file_resilience_v1_policy_proto_rawDescGZIP() []byte {
 }
 
 var file_resilience_v1_policy_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_resilience_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_resilience_v1_policy_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_resilience_v1_policy_proto_goTypes = []any{
 	(Scope)(0),                  // 0: resilience.v1.Scope
 	(Breaker_Engine)(0),         // 1: resilience.v1.Breaker.Engine
@@ -1393,56 +1585,62 @@ var file_resilience_v1_policy_proto_goTypes = []any{
 	(*ClientPolicy)(nil),        // 5: resilience.v1.ClientPolicy
 	(*ServerPolicy)(nil),        // 6: resilience.v1.ServerPolicy
 	(*MethodPolicy)(nil),        // 7: resilience.v1.MethodPolicy
-	(*Breaker)(nil),             // 8: resilience.v1.Breaker
-	(*RateLimit)(nil),           // 9: resilience.v1.RateLimit
-	(*ConcurrencyLimit)(nil),    // 10: resilience.v1.ConcurrencyLimit
-	(*LoadBalancing)(nil),       // 11: resilience.v1.LoadBalancing
-	(*EndpointRateLimit)(nil),   // 12: resilience.v1.EndpointRateLimit
-	(*EndpointBreaker)(nil),     // 13: resilience.v1.EndpointBreaker
-	(*Drain)(nil),               // 14: resilience.v1.Drain
-	(*durationpb.Duration)(nil), // 15: google.protobuf.Duration
+	(*Retry)(nil),               // 8: resilience.v1.Retry
+	(*RetryThrottling)(nil),     // 9: resilience.v1.RetryThrottling
+	(*Breaker)(nil),             // 10: resilience.v1.Breaker
+	(*RateLimit)(nil),           // 11: resilience.v1.RateLimit
+	(*ConcurrencyLimit)(nil),    // 12: resilience.v1.ConcurrencyLimit
+	(*LoadBalancing)(nil),       // 13: resilience.v1.LoadBalancing
+	(*EndpointRateLimit)(nil),   // 14: resilience.v1.EndpointRateLimit
+	(*EndpointBreaker)(nil),     // 15: resilience.v1.EndpointBreaker
+	(*Drain)(nil),               // 16: resilience.v1.Drain
+	(*durationpb.Duration)(nil), // 17: google.protobuf.Duration
 }
 var file_resilience_v1_policy_proto_depIdxs = []int32{
 	5,  // 0: resilience.v1.Policy.client:type_name -> resilience.v1.ClientPolicy
 	6,  // 1: resilience.v1.Policy.server:type_name -> resilience.v1.ServerPolicy
 	7,  // 2: resilience.v1.ClientPolicy.rules:type_name -> resilience.v1.MethodPolicy
-	11, // 3: resilience.v1.ClientPolicy.load_balancing:type_name -> resilience.v1.LoadBalancing
-	7,  // 4: resilience.v1.ServerPolicy.rules:type_name -> resilience.v1.MethodPolicy
-	14, // 5: resilience.v1.ServerPolicy.drain:type_name -> resilience.v1.Drain
-	8,  // 6: resilience.v1.MethodPolicy.breaker:type_name -> resilience.v1.Breaker
-	9,  // 7: resilience.v1.MethodPolicy.rate_limit:type_name -> resilience.v1.RateLimit
-	10, // 8: resilience.v1.MethodPolicy.concurrency_limit:type_name -> resilience.v1.ConcurrencyLimit
-	15, // 9: resilience.v1.MethodPolicy.timeout:type_name -> google.protobuf.Duration
-	15, // 10: resilience.v1.MethodPolicy.stream_timeout:type_name -> google.protobuf.Duration
-	15, // 11: resilience.v1.MethodPolicy.minimum_budget:type_name -> google.protobuf.Duration
-	1,  // 12: resilience.v1.Breaker.engine:type_name -> resilience.v1.Breaker.Engine
-	15, // 13: resilience.v1.Breaker.window:type_name -> google.protobuf.Duration
-	15, // 14: resilience.v1.Breaker.sleep_window:type_name -> google.protobuf.Duration
-	15, // 15: resilience.v1.Breaker.max_sleep_window:type_name -> google.protobuf.Duration
-	15, // 16: resilience.v1.Breaker.min_deadline:type_name -> google.protobuf.Duration
-	15, // 17: resilience.v1.Breaker.slow_call_threshold:type_name -> google.protobuf.Duration
-	2,  // 18: resilience.v1.RateLimit.algorithm:type_name -> resilience.v1.RateLimit.Algorithm
-	15, // 19: resilience.v1.RateLimit.max_wait:type_name -> google.protobuf.Duration
-	0,  // 20: resilience.v1.RateLimit.scope:type_name -> resilience.v1.Scope
-	15, // 21: resilience.v1.ConcurrencyLimit.max_queue_wait:type_name -> google.protobuf.Duration
-	0,  // 22: resilience.v1.ConcurrencyLimit.scope:type_name -> resilience.v1.Scope
-	3,  // 23: resilience.v1.LoadBalancing.policy:type_name -> resilience.v1.LoadBalancing.Policy
-	15, // 24: resilience.v1.LoadBalancing.decay:type_name -> google.protobuf.Duration
-	15, // 25: resilience.v1.LoadBalancing.slow_start:type_name -> google.protobuf.Duration
-	13, // 26: resilience.v1.LoadBalancing.breaker:type_name -> resilience.v1.EndpointBreaker
-	12, // 27: resilience.v1.LoadBalancing.rate_limit_per_endpoint:type_name -> resilience.v1.EndpointRateLimit
-	2,  // 28: resilience.v1.EndpointRateLimit.algorithm:type_name -> resilience.v1.RateLimit.Algorithm
-	15, // 29: resilience.v1.EndpointBreaker.window:type_name -> google.protobuf.Duration
-	15, // 30: resilience.v1.EndpointBreaker.sleep_window:type_name -> google.protobuf.Duration
-	15, // 31: resilience.v1.EndpointBreaker.max_sleep_window:type_name -> google.protobuf.Duration
-	15, // 32: resilience.v1.Drain.announce:type_name -> google.protobuf.Duration
-	15, // 33: resilience.v1.Drain.grace:type_name -> google.protobuf.Duration
-	15, // 34: resilience.v1.Drain.cut:type_name -> google.protobuf.Duration
-	35, // [35:35] is the sub-list for method output_type
-	35, // [35:35] is the sub-list for method input_type
-	35, // [35:35] is the sub-list for extension type_name
-	35, // [35:35] is the sub-list for extension extendee
-	0,  // [0:35] is the sub-list for field type_name
+	13, // 3: resilience.v1.ClientPolicy.load_balancing:type_name -> resilience.v1.LoadBalancing
+	9,  // 4: resilience.v1.ClientPolicy.retry_throttling:type_name -> resilience.v1.RetryThrottling
+	7,  // 5: resilience.v1.ServerPolicy.rules:type_name -> resilience.v1.MethodPolicy
+	16, // 6: resilience.v1.ServerPolicy.drain:type_name -> resilience.v1.Drain
+	10, // 7: resilience.v1.MethodPolicy.breaker:type_name -> resilience.v1.Breaker
+	11, // 8: resilience.v1.MethodPolicy.rate_limit:type_name -> resilience.v1.RateLimit
+	12, // 9: resilience.v1.MethodPolicy.concurrency_limit:type_name -> resilience.v1.ConcurrencyLimit
+	17, // 10: resilience.v1.MethodPolicy.timeout:type_name -> google.protobuf.Duration
+	17, // 11: resilience.v1.MethodPolicy.stream_timeout:type_name -> google.protobuf.Duration
+	17, // 12: resilience.v1.MethodPolicy.minimum_budget:type_name -> google.protobuf.Duration
+	8,  // 13: resilience.v1.MethodPolicy.retry:type_name -> resilience.v1.Retry
+	17, // 14: resilience.v1.Retry.initial_backoff:type_name -> google.protobuf.Duration
+	17, // 15: resilience.v1.Retry.max_backoff:type_name -> google.protobuf.Duration
+	1,  // 16: resilience.v1.Breaker.engine:type_name -> resilience.v1.Breaker.Engine
+	17, // 17: resilience.v1.Breaker.window:type_name -> google.protobuf.Duration
+	17, // 18: resilience.v1.Breaker.sleep_window:type_name -> google.protobuf.Duration
+	17, // 19: resilience.v1.Breaker.max_sleep_window:type_name -> google.protobuf.Duration
+	17, // 20: resilience.v1.Breaker.min_deadline:type_name -> google.protobuf.Duration
+	17, // 21: resilience.v1.Breaker.slow_call_threshold:type_name -> google.protobuf.Duration
+	2,  // 22: resilience.v1.RateLimit.algorithm:type_name -> resilience.v1.RateLimit.Algorithm
+	17, // 23: resilience.v1.RateLimit.max_wait:type_name -> google.protobuf.Duration
+	0,  // 24: resilience.v1.RateLimit.scope:type_name -> resilience.v1.Scope
+	17, // 25: resilience.v1.ConcurrencyLimit.max_queue_wait:type_name -> google.protobuf.Duration
+	0,  // 26: resilience.v1.ConcurrencyLimit.scope:type_name -> resilience.v1.Scope
+	3,  // 27: resilience.v1.LoadBalancing.policy:type_name -> resilience.v1.LoadBalancing.Policy
+	17, // 28: resilience.v1.LoadBalancing.decay:type_name -> google.protobuf.Duration
+	17, // 29: resilience.v1.LoadBalancing.slow_start:type_name -> google.protobuf.Duration
+	15, // 30: resilience.v1.LoadBalancing.breaker:type_name -> resilience.v1.EndpointBreaker
+	14, // 31: resilience.v1.LoadBalancing.rate_limit_per_endpoint:type_name -> resilience.v1.EndpointRateLimit
+	2,  // 32: resilience.v1.EndpointRateLimit.algorithm:type_name -> resilience.v1.RateLimit.Algorithm
+	17, // 33: resilience.v1.EndpointBreaker.window:type_name -> google.protobuf.Duration
+	17, // 34: resilience.v1.EndpointBreaker.sleep_window:type_name -> google.protobuf.Duration
+	17, // 35: resilience.v1.EndpointBreaker.max_sleep_window:type_name -> google.protobuf.Duration
+	17, // 36: resilience.v1.Drain.announce:type_name -> google.protobuf.Duration
+	17, // 37: resilience.v1.Drain.grace:type_name -> google.protobuf.Duration
+	17, // 38: resilience.v1.Drain.cut:type_name -> google.protobuf.Duration
+	39, // [39:39] is the sub-list for method output_type
+	39, // [39:39] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_resilience_v1_policy_proto_init() }
@@ -1456,13 +1654,15 @@ func file_resilience_v1_policy_proto_init() {
 	file_resilience_v1_policy_proto_msgTypes[7].OneofWrappers = []any{}
 	file_resilience_v1_policy_proto_msgTypes[8].OneofWrappers = []any{}
 	file_resilience_v1_policy_proto_msgTypes[9].OneofWrappers = []any{}
+	file_resilience_v1_policy_proto_msgTypes[10].OneofWrappers = []any{}
+	file_resilience_v1_policy_proto_msgTypes[11].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_resilience_v1_policy_proto_rawDesc), len(file_resilience_v1_policy_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   11,
+			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
