@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -206,6 +207,35 @@ func (g *Guard) lookAtConfig(cc *grpc.ClientConn) {
 		g.log(slog.LevelWarn, "the channel has another service config than the guard's: load_balancing and retry of the policy are not in force",
 			slog.String("target", target), slog.String("cause", "its resolver gives one (grpc.WithDisableServiceConfig ignores that), or a later dial option does"))
 	}
+}
+
+// balancedStream tells the balancer how the stream ended.
+type balancedStream struct {
+	grpc.ClientStream
+	call   *balance.Call
+	single bool // one response message ends the stream
+}
+
+func balancedStreamer(streamer grpc.Streamer, call *balance.Call) grpc.Streamer {
+	return func(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+		s, err := streamer(ctx, desc, cc, method, opts...)
+		if err != nil {
+			return nil, err
+		}
+		return &balancedStream{ClientStream: s, call: call, single: !desc.ServerStreams}, nil
+	}
+}
+
+// RecvMsg is the only one that is given the status.
+func (s *balancedStream) RecvMsg(m any) error {
+	err := s.ClientStream.RecvMsg(m)
+	switch {
+	case err == io.EOF || err == nil && s.single:
+		s.call.Ended(nil)
+	case err != nil:
+		s.call.Ended(err)
+	}
+	return err
 }
 
 // minAttemptDeadline is the breaker's default of min_deadline.

@@ -483,6 +483,55 @@ func TestBalanceDrain(t *testing.T) {
 	})
 }
 
+// A stream that fails before its client has sent fails for gRPC's balancers with a success.
+func TestBalanceStreamsThatFailEarly(t *testing.T) {
+	for _, policy := range []string{
+		"client: {load_balancing: {}}",
+		"client: {load_balancing: {}, rules: [{methods: ['*'], breaker: {}}]}",
+		"client: {load_balancing: {}, rules: [{methods: ['*'], retry: {}}]}",
+	} {
+		for _, method := range []string{rpctest.Bidi, rpctest.ClientStream} {
+			synctest.Test(t, func(t *testing.T) {
+				g := mustGuard(t, policy)
+				f := newFleet(t, g, "a:1", "b:1")
+				f.conn.Connect()
+				synctest.Wait()
+				open := func() {
+					s, err := rpctest.Open(t.Context(), f.conn, method)
+					if err != nil {
+						t.Fatal(err)
+					}
+					synctest.Wait() // the end, if there is one, has come
+					_ = rpctest.Send(s, "x")
+					_ = s.CloseSend()
+					for err == nil {
+						_, err = rpctest.Recv(s)
+						if method == rpctest.ClientStream {
+							break
+						}
+					}
+					time.Sleep(10 * time.Second)
+				}
+				for range 20 {
+					open()
+				}
+				for _, e := range g.Snapshot().Endpoints {
+					if e.InFlight != 0 || len(e.Ejections) > 0 {
+						t.Errorf("%s: %s: %+v", policy, method, e)
+					}
+				}
+				f.servers["a:1"].stream = func(grpc.ServerStream) error { return status.Error(codes.Unavailable, "") }
+				for range 100 {
+					open()
+				}
+				if e := g.Snapshot().Endpoints[0]; e.Ejections["consecutive_failures"] == 0 || e.InFlight != 0 {
+					t.Errorf("%s: %s: %+v", policy, method, e)
+				}
+			})
+		}
+	}
+}
+
 // A stream's life is no latency.
 func TestBalanceStreams(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -104,7 +104,10 @@ func (g *Guard) streamClient(ctx context.Context, desc *grpc.StreamDesc, cc *grp
 	m := g.client.lookup(cc, method)
 	defer g.lookAtConfig(cc)
 	if g.balancing.balanced.Load() {
-		ctx = balance.NewStream(ctx)
+		b := balance.NewStream(ctx, desc.ClientStreams)
+		if ctx = b; desc.ClientStreams {
+			streamer = balancedStreamer(streamer, b)
+		}
 	}
 	if m == nil {
 		return streamer(ctx, desc, cc, method, opts...)

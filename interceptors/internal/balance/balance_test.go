@@ -198,17 +198,42 @@ func TestNeutral(t *testing.T) {
 	m.until(m.now + sec)
 	e := m.endpoint("e000")
 	peak, mean := load(&e.peak), load(&e.mean)
-	for _, info := range []balancer.DoneInfo{{}, {Err: errDown}, {Err: context.Canceled, BytesSent: true}} {
+	for _, info := range []balancer.DoneInfo{{}, {Err: errDown}, {BytesSent: true}, {Err: context.Canceled, BytesSent: true}} {
 		r, _ := m.picker.Pick(balancer.PickInfo{Ctx: t.Context()})
 		m.now += time.Minute
 		r.Done(info)
 	}
-	r, _ := m.picker.Pick(balancer.PickInfo{Ctx: NewStream(t.Context())})
+	r, _ := m.picker.Pick(balancer.PickInfo{Ctx: NewStream(t.Context(), false)})
 	m.now += time.Hour
-	r.Done(balancer.DoneInfo{BytesSent: true})
+	r.Done(balancer.DoneInfo{BytesSent: true, BytesReceived: true})
 	if load(&e.peak) != peak || load(&e.mean) != mean || e.inFlight.Load() != 0 {
 		t.Errorf("peak %v, mean %v, %d in flight", load(&e.peak), load(&e.mean), e.inFlight.Load())
 	}
+}
+
+// Where no latency is ever known, as among streams, who failed is tried again in time.
+func TestStreamsAlone(t *testing.T) {
+	m := newSim(t, settings(), 3, takes(10*ms))
+	stream := func() {
+		_, _ = m.call(NewStream(t.Context(), false))
+		m.until(m.now + 50*ms)
+	}
+	m.server["e000"] = fails(errFull)
+	for range 100 {
+		stream()
+	}
+	if m.errs == 0 || m.errs > 3 {
+		t.Errorf("%d errors", m.errs)
+	}
+	m.server["e000"] = takes(10 * ms)
+	for range 200 {
+		stream()
+	}
+	m.reset()
+	for range 300 {
+		stream()
+	}
+	m.wantShare("e000", 0.25, 0.42)
 }
 
 // Addresses that come and go for a day leave nothing.
@@ -264,7 +289,7 @@ func picks(tb testing.TB, n int) func() {
 		if err != nil {
 			tb.Fatal(err)
 		}
-		r.Done(balancer.DoneInfo{BytesSent: true})
+		r.Done(balancer.DoneInfo{BytesSent: true, BytesReceived: true})
 	}
 }
 

@@ -79,6 +79,20 @@ func (e *endpoint) penalize(now, latency time.Duration, others float64) {
 	e.since.Store(int64(now))
 }
 
+// succeed takes an attempt that succeeded and whose time is no latency. If nothing but a
+// failure is known, it is forgotten: there may never be a latency to replace it.
+func (e *endpoint) succeed() {
+	if !e.failing.Load() {
+		return
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.failing.Store(false)
+	if load(&e.mean) == 0 {
+		store(&e.peak, 0)
+	}
+}
+
 // forget makes the endpoint's latency unknown.
 func (e *endpoint) forget() {
 	e.mu.Lock()
@@ -99,15 +113,14 @@ const (
 // cost is what one call more has to expect: the latency times the calls that share it.
 // Latencies fade while nothing is in flight, so that an endpoint which nobody asks is
 // asked again; one that holds its calls back does not look better for that. What is not
-// known yet costs nothing, once: Finagle asks a new endpoint at once, and waits for its
-// first answer.
+// known is taken to be as it is with others.
 func (e *endpoint) cost(now, decay, others time.Duration) float64 {
 	n, latency := e.inFlight.Load(), load(&e.peak)
 	switch {
-	case latency == 0 && n == 0:
-		return 0
+	case latency == 0 && others == 0:
+		latency = float64(unknownLatency)
 	case latency == 0:
-		latency = float64(max(others, 1))
+		latency = float64(others)
 	case n == 0:
 		latency *= fade(now-time.Duration(e.since.Load()), decay)
 	}

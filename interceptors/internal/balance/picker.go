@@ -35,6 +35,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	var failed *endpoint
 	if call != nil {
 		failed = call.last.Load()
+		call.retried(now)
 	}
 	c, ticket := p.choose(now, settings, failed)
 	if c == nil {
@@ -51,7 +52,7 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	a.start, a.inner, a.ticket = now, result.Done, ticket
 	if call != nil {
 		call.last.Store(c.endpoint)
-		a.stream = call.stream
+		a.call, a.stream = call, call.stream
 	}
 	c.inFlight.Add(1)
 	result.Done = a.done
@@ -217,6 +218,7 @@ type attempt struct {
 	start    time.Duration
 	ticket   breaker.Ticket
 	stream   bool
+	call     *Call                   // nil: the context has none
 	inner    func(balancer.DoneInfo) // of the endpoint's own picker; nil: none
 	done     func(balancer.DoneInfo) // a.end
 }
@@ -237,47 +239,52 @@ func (a *attempt) end(info balancer.DoneInfo) {
 	if a.inner != nil {
 		a.inner(info)
 	}
-	a.settle(info)
+	if open := info.Err == nil && info.BytesReceived; open && a.call != nil && a.call.sends {
+		copied := *a
+		copied.ctx = a.call.Context // gRPC cancels its own
+		a.call.open.Store(&copied)
+	} else {
+		a.judge(info, a.pool.group.hooks.Now())
+	}
 	a.endpoint.inFlight.Add(-1)
 	*a = attempt{done: a.done}
 	attempts.Put(a)
 }
 
-// settle learns from the end. What was never sent says nothing: the connection was
-// closing, or had just gone.
-func (a *attempt) settle(info balancer.DoneInfo) {
-	g, e := a.pool.group, a.endpoint
-	now, settings, verdict := g.hooks.Now(), g.settings.Load(), Neutral
+// judge learns from the end. What was never sent, or had no answer at all and yet no
+// error, says nothing: the connection was closing, or had just gone.
+func (a *attempt) judge(info balancer.DoneInfo, now time.Duration) {
+	verdict := Neutral
 	switch {
 	case !info.BytesSent:
-	case info.Err == nil:
+	case info.Err != nil:
+		verdict = a.pool.group.hooks.Judge(a.ctx, a.method, info.Err, a.had(now))
+	case info.BytesReceived:
 		verdict = Success
-	default:
-		verdict = g.hooks.Judge(a.ctx, a.method, info.Err, a.had(now))
 	}
+	a.settle(now, verdict)
+}
+
+// settle tells the endpoint.
+func (a *attempt) settle(now time.Duration, v Verdict) {
+	e, settings := a.endpoint, a.pool.group.settings.Load()
 	took, result, slow := now-a.start, breaker.Ignored, false
-	switch verdict {
+	switch v {
 	case Success:
-		result = breaker.Success
-		if !a.stream {
-			e.observe(now, took, settings.Decay)
-			median := a.pool.survey.latency.Load()
-			slow = settings.LatencyFactor > 0 && median > 0 && int64(took) >= int64(settings.LatencyFactor)*median
+		if result = breaker.Success; a.stream {
+			e.succeed()
+			break
 		}
+		e.observe(now, took, settings.Decay)
+		median := a.pool.survey.latency.Load()
+		slow = settings.LatencyFactor > 0 && median > 0 && int64(took) >= int64(settings.LatencyFactor)*median
 	case Failure, Shed:
 		e.penalize(now, took, load(&a.pool.survey.cost))
-		if verdict == Failure {
+		if v == Failure {
 			result = breaker.Failure
 		}
 	}
 	e.settle(a.ticket, now, result, slow)
-}
-
-// settle tells the endpoint's breaker.
-func (e *endpoint) settle(t breaker.Ticket, now time.Duration, r breaker.Result, slow bool) {
-	if b := e.gate.Load().breaker; b != nil {
-		b.Done(t, now, r, slow)
-	}
 }
 
 // had is the time that the caller gave the attempt.

@@ -170,7 +170,7 @@ func (m *sim) until(t time.Duration) {
 		if e.err != nil {
 			m.errs++
 		}
-		e.done(balancer.DoneInfo{Err: e.err, BytesSent: true})
+		e.done(balancer.DoneInfo{Err: e.err, BytesSent: true, BytesReceived: true})
 	}
 	m.now = t
 }
