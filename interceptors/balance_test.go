@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -618,6 +619,34 @@ func TestBalanceResolverErrorBeforeAddresses(t *testing.T) {
 		_, err := rpctest.Call(t.Context(), f.conn, rpctest.Unary, "x")
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// Endpoints that come and go leave no goroutine and no state.
+func TestBalanceAddressesComeAndGo(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, balanced)
+		f := newFleet(t, g, "0:1")
+		goroutines := 0
+		for i := range 100 {
+			old, name := fmt.Sprintf("%d:1", i), fmt.Sprintf("%d:1", i+1)
+			f.start(name)
+			f.list(old, name)
+			if _, err := rpctest.Call(t.Context(), f.conn, rpctest.Unary, "x"); err != nil {
+				t.Fatal(err)
+			}
+			f.list(name)
+			f.drain(old)
+			time.Sleep(15 * time.Minute) // and the channel stays busy enough not to idle
+			if e := g.Snapshot().Endpoints; len(e) != 1 || e[0].Address != name {
+				t.Fatalf("endpoints: %+v", e)
+			}
+			if n := runtime.NumGoroutine(); i == 5 {
+				goroutines = n
+			} else if i > 5 && n > goroutines+3 {
+				t.Fatalf("%d goroutines after %d endpoints, %d after 5", n, i, goroutines)
+			}
 		}
 	})
 }

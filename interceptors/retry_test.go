@@ -69,7 +69,7 @@ func TestRetryGoesElsewhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := mustGuard(t, `
 client:
-  load_balancing: {decay: 10ms, breaker: {error_percent_threshold: 100, consecutive_failures: 100}}
+  load_balancing: {decay: 10ms, breaker: {error_percent_threshold: 100, consecutive_failures: 30}}
   retry_throttling: {max_tokens: 1000, token_ratio: 1}
   rules: [{methods: ["*"], retry: {max_attempts: 2}, breaker: {request_volume_threshold: 1, error_percent_threshold: 1}}]
 `)
@@ -97,12 +97,12 @@ client:
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
-		if n := bad.took(); n < 50 {
+		if n := bad.took(); n < 20 {
 			t.Errorf("only %d attempts failed: it was not asked", n)
 		}
 		wantEnded(t, g, interceptors.Client, rpctest.Unary, ended{success: 300})
 		wantState(t, g, interceptors.Client, rpctest.Unary, "closed")
-		for range 200 {
+		for i := 0; i < 1000 && len(g.Snapshot().Endpoints[0].Ejections) == 0; i++ {
 			_, _ = rpctest.Call(t.Context(), f.conn, rpctest.Unary, "x")
 			time.Sleep(100 * time.Millisecond)
 		}

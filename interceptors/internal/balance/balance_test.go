@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"google.golang.org/grpc/balancer"
+	"google.golang.org/grpc/resolver"
 )
 
 const (
@@ -109,8 +110,8 @@ func TestBlackHole(t *testing.T) {
 	// One that holds calls without a deadline.
 	e := m.endpoint("e001")
 	e.inFlight.Add(10)
-	before := e.cost(m.now, 2*sec, 0)
-	if after := e.cost(m.now+time.Hour, 2*sec, 0); after != before {
+	before := e.cost(m.now, 2*sec, 10*ms)
+	if after := e.cost(m.now+time.Hour, 2*sec, 10*ms); after != before || after == 0 {
 		t.Errorf("its cost was %v, is %v", before, after)
 	}
 }
@@ -188,6 +189,25 @@ func TestRetryGoesElsewhere(t *testing.T) {
 	_, _ = m.call(ctx)
 	if name, err := m.call(ctx); name != "e000" {
 		t.Errorf("the only endpoint is not tried again: %v", err)
+	}
+}
+
+// A longer latency counts at once, a shorter one by the time since the last.
+func TestPeak(t *testing.T) {
+	e := newEndpoint(resolver.Endpoint{}, true)
+	for _, step := range []struct{ at, latency, want time.Duration }{
+		{0, 10 * ms, 10 * ms}, {0, 50 * ms, 50 * ms}, {0, 10 * ms, 50 * ms}, {2 * sec, 10 * ms, 24715 * us}, {1000 * sec, 10 * ms, 10 * ms},
+	} {
+		e.observe(step.at, step.latency, 2*sec)
+		if got := time.Duration(load(&e.peak)).Round(us); got != step.want {
+			t.Errorf("at %v: %v, want %v", step.at, got, step.want)
+		}
+	}
+	// Idle, it fades, until it is as good as not known.
+	for after, want := range map[time.Duration]time.Duration{0: 10 * ms, 2 * sec: 3679 * us, 4 * sec: 1353 * us, 5 * sec: 0} {
+		if got := time.Duration(e.cost(1000*sec+after, 2*sec, 10*ms)).Round(us); got != want {
+			t.Errorf("after %v its cost is %v, want %v", after, got, want)
+		}
 	}
 }
 

@@ -76,6 +76,26 @@ func TestConsecutiveFailuresEject(t *testing.T) {
 	}
 }
 
+// A probe comes when it is time, and a return is to a full share, whatever is remembered of
+// the endpoint.
+func TestReturnIsToAFullShare(t *testing.T) {
+	s := ejecting()
+	s.Decay = time.Hour
+	m := newSim(t, s, 10, takes(10*ms))
+	m.run(ms, 2*sec)
+	m.failInARow("e000", 5)
+	m.endpoint("e000").penalize(m.now, sec, float64(sec))
+	m.until(m.now + 5*sec)
+	m.reset()
+	m.run(ms, 100*ms)
+	if m.took["e000"] == 0 {
+		t.Error("no probe")
+	}
+	m.reset()
+	m.run(ms, 10*sec)
+	m.wantShare("e000", 0.08, 0.12)
+}
+
 func TestErrorPercentEjects(t *testing.T) {
 	m := newSim(t, ejecting(), 10, takes(10*ms))
 	flip := false

@@ -113,16 +113,20 @@ const (
 // cost is what one call more has to expect: the latency times the calls that share it.
 // Latencies fade while nothing is in flight, so that an endpoint which nobody asks is
 // asked again; one that holds its calls back does not look better for that. What is not
-// known is taken to be as it is with others.
+// known costs nothing, once: Finagle too asks a new endpoint at once, and waits for its
+// first answer. What has faded to a tenth of what others take is as good as not known.
 func (e *endpoint) cost(now, decay, others time.Duration) float64 {
+	if others == 0 {
+		others = unknownLatency
+	}
 	n, latency := e.inFlight.Load(), load(&e.peak)
 	switch {
-	case latency == 0 && others == 0:
-		latency = float64(unknownLatency)
+	case n == 0:
+		if latency *= fade(now-time.Duration(e.since.Load()), decay); latency < float64(others)/10 {
+			return 0
+		}
 	case latency == 0:
 		latency = float64(others)
-	case n == 0:
-		latency *= fade(now-time.Duration(e.since.Load()), decay)
 	}
 	return latency * float64(n+1)
 }
