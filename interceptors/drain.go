@@ -6,7 +6,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
@@ -38,9 +37,10 @@ type drain struct {
 	draining chan struct{} // closed when grace begins
 	askOnce  sync.Once
 
-	mu      sync.Mutex            // guards the fields below, and changes of current
-	began   time.Duration         // when announcing was entered
-	watches map[*watchStream]bool // health Watch streams
+	mu        sync.Mutex            // guards the fields below, and changes of current
+	began     time.Duration         // when announcing was entered
+	watches   map[*watchStream]bool // health Watch streams
+	listeners []listening           // of Serve
 
 	servers atomic.Int32 // that Serve or Shutdown has not ended
 }
@@ -109,8 +109,8 @@ func (d *drain) advance(to phase, now time.Duration) bool {
 }
 
 // watch wraps a health Watch stream so that it learns of the drain.
-func (d *drain) watch(ss grpc.ServerStream) *watchStream {
-	w := &watchStream{ServerStream: ss, drain: d, sending: make(chan struct{}, 1)}
+func (d *drain) watch(s *serverStream) *watchStream {
+	w := &watchStream{serverStream: s, drain: d, sending: make(chan struct{}, 1)}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.watches[w] = true
@@ -134,9 +134,8 @@ func (d *drain) unwatch(w *watchStream) {
 // makes it say NOT_SERVING, and ends it when grace begins: one that stays open
 // would block GracefulStop.
 type watchStream struct {
-	grpc.ServerStream
+	*serverStream
 	drain *drain
-	wire  wire
 
 	// sending holds a value while SendMsg runs, which is not safe for concurrent
 	// use. Not a mutex: it may take as long as the watcher does not read.
@@ -151,10 +150,10 @@ func (w *watchStream) SendMsg(m any) error {
 	}
 	defer w.unlock()
 	if w.drain.phase() == serving {
-		return w.send(m)
+		return w.serverStream.SendMsg(m)
 	}
 	if _, ok := m.(*healthpb.HealthCheckResponse); !ok {
-		return w.send(m) // not the health service we know
+		return w.serverStream.SendMsg(m) // not the health service we know
 	}
 	return w.tellLocked()
 }
@@ -167,12 +166,14 @@ func (w *watchStream) tell() {
 	}
 }
 
+// lock fails when the stream is over for gRPC: its own context may end before.
 func (w *watchStream) lock() error {
+	over := w.ServerStream.Context()
 	select {
 	case w.sending <- struct{}{}:
 		return nil
-	case <-w.Context().Done():
-		return status.FromContextError(w.Context().Err()).Err()
+	case <-over.Done():
+		return status.FromContextError(over.Err()).Err()
 	}
 }
 
@@ -183,18 +184,11 @@ func (w *watchStream) tellLocked() error {
 		return status.FromContextError(w.Context().Err()).Err() // nil while the stream lives
 	}
 	w.told = true
-	return w.send(&healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_NOT_SERVING})
-}
-
-func (w *watchStream) send(m any) error {
-	if err := w.wire.open(w.ServerStream); err != nil {
-		return err
-	}
-	return w.ServerStream.SendMsg(m)
+	return w.serverStream.SendMsg(&healthpb.HealthCheckResponse{Status: healthpb.HealthCheckResponse_NOT_SERVING})
 }
 
 func (w *watchStream) end() {
-	w.wire.end(w.Context(), status.New(codes.Unavailable, "the server is draining"))
+	w.wire.end(w.ServerStream.Context(), status.New(codes.Unavailable, "the server is draining"))
 }
 
 const (

@@ -292,10 +292,11 @@ func TestDrainNamesWhatItCuts(t *testing.T) {
 }
 
 func TestCase33_StuckStreamsAreCutInTime(t *testing.T) {
-	big := strings.Repeat("x", 3<<20)
+	big := strings.Repeat("x", 4<<20-100)
 	for name, c := range map[string]struct {
 		handler func(ss grpc.ServerStream) error
 		client  func(s grpc.ClientStream)
+		lasts   time.Duration
 	}{
 		"idle in RecvMsg": {
 			handler: func(ss grpc.ServerStream) error { _, err := rpctest.Recv(ss); return err },
@@ -327,6 +328,13 @@ func TestCase33_StuckStreamsAreCutInTime(t *testing.T) {
 				}
 			},
 		},
+		"ignores its context": {
+			handler: func(grpc.ServerStream) error {
+				time.Sleep(time.Hour)
+				return nil
+			},
+			lasts: 25 * time.Second,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -340,13 +348,38 @@ func TestCase33_StuckStreamsAreCutInTime(t *testing.T) {
 				}
 				synctest.Wait()
 				r.stop()
-				if took, err := r.wait(); took.Truncate(time.Second) != 20*time.Second || err == nil || !strings.Contains(err.Error(), "cut 1 calls: /test.v1.Test/Bidi") {
+				if took, err := r.wait(); took.Truncate(time.Second) != max(c.lasts, 20*time.Second) || err == nil || !strings.Contains(err.Error(), "cut 1 calls: /test.v1.Test/Bidi") {
 					t.Errorf("Serve returned %v after %v", err, took)
 				}
+				time.Sleep(time.Hour)
 				checkIdle(t, r.guard)
 			})
 		})
 	}
+}
+
+// The handler has answered, 4 MB, and its client does not read: nobody knows how much
+// of it is lost, but the log says that connections were closed.
+func TestCase33_AnswersThatAreNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := new(drainLog)
+		r := serveDrain(t, drainPolicy, &rpctest.Service{Stream: func(ss grpc.ServerStream) error {
+			return rpctest.Send(ss, strings.Repeat("x", 4<<20-100))
+		}}, log.option())
+		s, err := rpctest.Open(t.Context(), r.conn, rpctest.ServerStream)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		r.stop()
+		r.end(t, 20*time.Second)
+		if want := `msg="drain closes connections that are not done`; strings.Count(log.String(), want) != 1 {
+			t.Errorf("the log lacks %s:\n%v", want, log)
+		}
+		if _, err := rpctest.Recv(s); status.Code(err) != codes.Unavailable {
+			t.Errorf("the client has %v", err)
+		}
+	})
 }
 
 func TestDrainAbandonsHandlersThatIgnoreTheirContext(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"runtime"
 	"slices"
 	"sync"
@@ -24,17 +25,26 @@ func from(host string) context.Context {
 	return peer.NewContext(context.Background(), &peer.Peer{Addr: &net.UnixAddr{Name: host}})
 }
 
+// callsOf lists the calls in flight.
+func callsOf(f *inflight, now time.Duration) (calls []runningCall) {
+	f.each(func(r *record) bool {
+		calls = append(calls, r.call(now))
+		return false
+	})
+	return calls
+}
+
 func TestInflightKnowsMethodAgeAndPeer(t *testing.T) {
 	var f inflight
 	search, place := "/shop.v1.Orders/Search", "/shop.v1.Orders/Place"
-	a := f.begin(from("a"), &search, 1*time.Second)
-	b := f.begin(from("b"), &place, 3*time.Second)
-	nobody := f.begin(context.Background(), &place, 4*time.Second)
+	a := f.begin(from("a"), &search, 1*time.Second, nil)
+	b := f.begin(from("b"), &place, 3*time.Second, nil)
+	nobody := f.begin(context.Background(), &place, 4*time.Second, nil)
 
-	want := []runningCall{{search, 9 * time.Second, "a"}, {place, 7 * time.Second, "b"}, {place, 6 * time.Second, "unknown"}}
+	want := []runningCall{{search, 9 * time.Second, "a", false}, {place, 7 * time.Second, "b", false}, {place, 6 * time.Second, "unknown", false}}
 	check := func() {
 		t.Helper()
-		got := f.running(10 * time.Second)
+		got := callsOf(&f, 10*time.Second)
 		slices.SortFunc(got, func(x, y runningCall) int { return int(y.age - x.age) })
 		if !slices.Equal(got, want) || f.count() != len(want) {
 			t.Errorf("%d running: %v, want %v", f.count(), got, want)
@@ -44,8 +54,8 @@ func TestInflightKnowsMethodAgeAndPeer(t *testing.T) {
 	a.end()
 	want = want[1:]
 	check()
-	c := f.begin(from("c"), &search, 5*time.Second) // perhaps in the record of a
-	want = append(want, runningCall{search, 5 * time.Second, "c"})
+	c := f.begin(from("c"), &search, 5*time.Second, nil) // perhaps in the record of a
+	want = append(want, runningCall{search, 5 * time.Second, "c", false})
 	check()
 	b.end()
 	nobody.end()
@@ -57,7 +67,7 @@ func TestInflightKnowsMethodAgeAndPeer(t *testing.T) {
 func TestInflightCostsNoAllocation(t *testing.T) {
 	var f inflight
 	ctx, method := from("a"), "/shop.v1.Orders/Place"
-	if n := testing.AllocsPerRun(1000, func() { f.begin(ctx, &method, 0).end() }); n != 0 {
+	if n := testing.AllocsPerRun(1000, func() { f.begin(ctx, &method, 0, nil).end() }); n != 0 {
 		t.Errorf("%v allocations for a call, want 0", n)
 	}
 }
@@ -71,7 +81,7 @@ func TestInflightListIsBounded(t *testing.T) {
 	for range 20 {
 		calls := make([]*record, wave)
 		for i := range calls {
-			calls[i] = f.begin(ctx, &method, 0)
+			calls[i] = f.begin(ctx, &method, 0, nil)
 		}
 		if got := f.count(); got != wave {
 			t.Fatalf("%d calls are known, want %d", got, wave)
@@ -102,8 +112,8 @@ func TestInflightIsSafeForConcurrentUse(t *testing.T) {
 		calls.Go(func() {
 			ctx := from(fmt.Sprint(i))
 			for range 2000 {
-				a := f.begin(ctx, &methods[rand.IntN(len(methods))], time.Duration(i))
-				b := f.begin(ctx, &methods[rand.IntN(len(methods))], time.Duration(i))
+				a := f.begin(ctx, &methods[rand.IntN(len(methods))], time.Duration(i), nil)
+				b := f.begin(ctx, &methods[rand.IntN(len(methods))], time.Duration(i), nil)
 				a.end()
 				b.end()
 			}
@@ -111,7 +121,7 @@ func TestInflightIsSafeForConcurrentUse(t *testing.T) {
 	}
 	reader.Go(func() {
 		for {
-			for _, c := range f.running(time.Second) {
+			for _, c := range callsOf(&f, time.Second) {
 				if !slices.Contains(methods, c.method) || c.peer == "unknown" || c.age > time.Second {
 					t.Errorf("a call that never was: %+v", c)
 				}
@@ -132,11 +142,38 @@ func TestInflightIsSafeForConcurrentUse(t *testing.T) {
 	}
 }
 
+func TestAddressesTellServersApart(t *testing.T) {
+	tcp := func(addr string) net.Addr { return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(addr)) }
+	unix := func(name string) net.Addr { return &net.UnixAddr{Net: "unix", Name: name} }
+	for _, c := range []struct {
+		lis, local net.Addr
+		want       bool
+	}{
+		{tcp("127.0.0.1:80"), tcp("127.0.0.1:80"), true},
+		{tcp("127.0.0.1:80"), tcp("[::ffff:127.0.0.1]:80"), true},
+		{tcp("127.0.0.1:80"), tcp("127.0.0.1:81"), false},
+		{tcp("127.0.0.1:80"), tcp("127.0.0.2:80"), false},
+		{tcp("0.0.0.0:80"), tcp("127.0.0.2:80"), true},
+		{tcp("[::]:80"), tcp("127.0.0.2:80"), true},
+		{tcp("[::]:80"), tcp("127.0.0.2:81"), false},
+		{unix("a"), unix("a"), true},
+		{unix("a"), unix("b"), false},
+		{unix("127.0.0.1:80"), tcp("127.0.0.1:80"), false},
+		{nil, unix("a"), false},
+		{unix("a"), nil, false},
+		{nil, nil, false},
+	} {
+		if got := (listening{addr: c.lis}).at(c.local); got != c.want {
+			t.Errorf("a listener at %v, a connection at %v: %v", c.lis, c.local, got)
+		}
+	}
+}
+
 func TestDrainForgetsWatchesThatHaveEnded(t *testing.T) {
 	var d drain
 	d.init(policy.Drain{})
 	for range 3 {
-		d.unwatch(d.watch(nil))
+		d.unwatch(d.watch(&serverStream{}))
 	}
 	if len(d.watches) != 0 {
 		t.Errorf("%d watches are kept", len(d.watches))
@@ -149,7 +186,7 @@ func TestDrainDoesNotTellAWatchThatHasEnded(t *testing.T) {
 		var d drain
 		d.init(policy.Drain{})
 		ctx, cancel := context.WithCancel(t.Context())
-		w := d.watch(deadStream{ctx: ctx, t: t})
+		w := d.watch(&serverStream{ServerStream: deadStream{ctx: ctx, t: t}, ctx: ctx})
 		d.current.Store(int32(announcing)) // without telling yet
 		d.unwatch(w)
 		go w.tell()

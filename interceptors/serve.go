@@ -1,16 +1,15 @@
 package interceptors
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"os/signal"
 	"slices"
-	"strings"
 	"time"
 
 	"google.golang.org/grpc"
@@ -23,10 +22,6 @@ import (
 // handshakeTimeout bounds how long a connection that never finishes its
 // handshake can hold up a drain.
 const handshakeTimeout = 5 * time.Second
-
-// maxNamed is how many of the calls that a drain cuts are named, the oldest
-// first: a server may have any number of them.
-const maxNamed = 20
 
 // Serve serves srv on the listeners until ctx ends, a signal comes (see
 // WithSignals), Drain is called or a listener fails, then drains as the policy's
@@ -53,6 +48,7 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 		return err
 	}
 	g.drain.servers.Add(1)
+	g.drain.listen(srv, lis)
 	signals := make(chan os.Signal, 8)
 	if len(g.opts.signals) > 0 {
 		signal.Notify(signals, g.opts.signals...)
@@ -65,22 +61,24 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 	cutNow, cut := context.WithCancel(context.Background())
 	defer cut()
 	announced, skip := context.WithCancel(cutNow)
+	j := g.newJournal()
+	defer j.close()
 
 	var failed error
 	alive, patient := len(lis), false
 	select {
 	case <-ctx.Done():
-		g.log(slog.LevelInfo, "drain begins", slog.String("cause", "context ended"))
+		j.log(slog.LevelInfo, "drain begins", slog.String("cause", "context ended"))
 		patient = true
 	case s := <-signals:
-		g.log(slog.LevelInfo, "drain begins", slog.String("cause", s.String()))
+		j.log(slog.LevelInfo, "drain begins", slog.String("cause", s.String()))
 		if s == os.Interrupt {
 			skip()
 		}
 	case <-g.drain.asked:
-		g.log(slog.LevelInfo, "drain begins", slog.String("cause", "asked to"))
+		j.log(slog.LevelInfo, "drain begins", slog.String("cause", "asked to"))
 	case failed = <-served:
-		g.log(slog.LevelError, "drain begins", slog.String("cause", "a listener stopped"), slog.Any("error", failed))
+		j.log(slog.LevelError, "drain begins", slog.String("cause", "a listener stopped"), slog.Any("error", failed))
 		alive--
 		if alive == 0 || failed == nil || errors.Is(failed, grpc.ErrServerStopped) {
 			skip() // nobody is served who could be told
@@ -103,7 +101,7 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 			}
 		}
 	}()
-	complete, err := g.shutDown(announced, cutNow, srv)
+	complete, err := g.shutDown(announced, cutNow, srv, j)
 	if !complete {
 		return errors.Join(failed, err) // Serve of grpc waits for handlers that were abandoned
 	}
@@ -130,62 +128,94 @@ func (g *Guard) Shutdown(ctx context.Context, srv *grpc.Server) error {
 	case srv == nil:
 		return errors.New("interceptors: Shutdown: the server is nil")
 	}
+	return g.shutDownOne(ctx, srv)
+}
+
+// ShutdownHTTP is Shutdown for gRPC calls that come by way of an http.Server, whose
+// handler calls grpc.Server.ServeHTTP. In place of gRPC's GracefulStop, which would
+// cut them, it calls srv.Shutdown when grace begins, and srv.Close for what still
+// runs when grace is over. srv's other requests end with the drain, too, but are
+// not named. The grpc.Server itself needs no Shutdown.
+func (g *Guard) ShutdownHTTP(ctx context.Context, srv *http.Server) error {
+	if err := g.usable(); err != nil {
+		return err
+	}
+	switch {
+	case ctx == nil:
+		return errors.New("interceptors: ShutdownHTTP: the context is nil")
+	case srv == nil:
+		return errors.New("interceptors: ShutdownHTTP: the server is nil")
+	}
+	return g.shutDownOne(ctx, httpServer{srv})
+}
+
+func (g *Guard) shutDownOne(ctx context.Context, srv server) error {
 	g.drain.servers.Add(1)
-	_, err := g.shutDown(ctx, ctx, srv)
+	j := g.newJournal()
+	defer j.close()
+	_, err := g.shutDown(ctx, ctx, srv, j)
 	return err
 }
 
 // shutDown goes through the phases; the end of announced ends the first, that of
-// cutNow the first and the second. complete says that every handler has ended.
-func (g *Guard) shutDown(announced, cutNow context.Context, srv *grpc.Server) (complete bool, err error) {
+// cutNow the first and the second. complete says that srv has stopped: of gRPC's
+// servers, every handler has ended.
+func (g *Guard) shutDown(announced, cutNow context.Context, srv server, j *journal) (complete bool, err error) {
 	began := g.now()
 	defer func() { g.metrics.drained(g.now() - began) }()
 
-	g.enter(announcing)
+	g.enter(announcing, j)
 	wait(announced, g.drain.policy.Load().Announce-g.drain.age(began), nil)
 
-	g.enter(graceful)
+	g.enter(graceful, j)
 	ended := make(chan struct{})
 	go func() {
 		srv.GracefulStop() // its return, not an in-flight count of 0, is the end
 		close(ended)
 	}()
 	if wait(cutNow, g.drain.policy.Load().Grace, ended) {
-		g.stopped()
+		g.stopped(j)
 		return true, nil
 	}
 
-	g.enter(cutting)
-	calls := g.inflight.running(g.now())
-	// Before the log, which may be slow.
-	go srv.Stop() // waits for handshakes
-	slices.SortFunc(calls, func(a, b runningCall) int { return cmp.Compare(b.age, a.age) })
-	named, more := oldest(calls)
-	for _, c := range named {
-		g.log(slog.LevelWarn, "drain cuts a call", slog.String("method", c.method), slog.Duration("age", c.age), slog.String("peer", c.peer))
+	g.enter(cutting, j)
+	over := g.now() + g.drain.policy.Load().Cut
+	var calls []runningCall
+	cut := func(strangers bool) {
+		found := g.cutCalls(srv, strangers)
+		j.cut(found)
+		calls = append(calls, found...)
 	}
-	if more > 0 {
-		g.log(slog.LevelWarn, "drain cuts more calls", slog.Int("calls", more))
+	cut(true)
+	if len(calls) == 0 {
+		j.log(slog.LevelWarn, "drain closes connections that are not done: a client does not read its answers, or a handshake hangs")
 	}
-	g.metrics.aborted(len(calls))
-	complete = wait(context.Background(), g.drain.policy.Load().Cut, ended)
-	g.stopped()
+	if slices.ContainsFunc(calls, func(c runningCall) bool { return c.told }) {
+		complete = wait(context.Background(), min(flushTime, over-g.now()), ended)
+	}
 	if !complete {
-		g.log(slog.LevelError, "drain abandons handlers that ignore their context", slog.Int("calls", g.inflight.count()))
+		cut(false)    // what has come since
+		go srv.Stop() // waits for handshakes
+		complete = wait(context.Background(), over-g.now(), ended)
 	}
+	if n := g.running(srv); n > 0 {
+		j.log(slog.LevelError, "drain abandons handlers that ignore their context", slog.Int("calls", n))
+	}
+	cut(false)
+	g.stopped(j)
 	return complete, cutError(calls)
 }
 
-func (g *Guard) enter(p phase) {
+func (g *Guard) enter(p phase, j *journal) {
 	if g.drain.advance(p, g.now()) {
-		g.log(slog.LevelInfo, "drain", slog.String("phase", p.String()), slog.Int("in_flight", g.inflight.count()))
+		j.log(slog.LevelInfo, "drain", slog.String("phase", p.String()), slog.Int("in_flight", g.inflight.count()))
 	}
 }
 
 // stopped is the end of one server's drain, and of the guard's with the last.
-func (g *Guard) stopped() {
+func (g *Guard) stopped(j *journal) {
 	if g.drain.servers.Add(-1) == 0 {
-		g.enter(stopped)
+		g.enter(stopped, j)
 	}
 }
 
@@ -200,27 +230,6 @@ func wait(ctx context.Context, d time.Duration, ended <-chan struct{}) bool {
 	case <-ctx.Done():
 	}
 	return false
-}
-
-// oldest returns those of sorted calls that are named, and how many are not.
-func oldest(calls []runningCall) (named []runningCall, more int) {
-	n := min(len(calls), maxNamed)
-	return calls[:n], len(calls) - n
-}
-
-func cutError(calls []runningCall) error {
-	if len(calls) == 0 {
-		return nil
-	}
-	var lines []string
-	named, more := oldest(calls)
-	for _, c := range named {
-		lines = append(lines, fmt.Sprintf("%s (age %v, peer %s)", c.method, roundUp(c.age), c.peer))
-	}
-	if more > 0 {
-		lines = append(lines, fmt.Sprintf("and %d more", more))
-	}
-	return fmt.Errorf("interceptors: the drain cut %d calls: %s", len(calls), strings.Join(lines, ", "))
 }
 
 // prepare checks what Serve was given, and registers the health service.

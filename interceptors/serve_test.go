@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -19,7 +20,7 @@ import (
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/rpctest"
 )
 
-func TestDrainFromAHandler(t *testing.T) {
+func TestCase34_DrainFromAHandlerAndTwice(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r *running
 		r = serveDrain(t, drainPolicy, bothKinds(func(context.Context, string) error {
@@ -37,7 +38,7 @@ func TestDrainFromAHandler(t *testing.T) {
 	})
 }
 
-func TestDrainBeforeServe(t *testing.T) {
+func TestCase34_DrainBeforeServe(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := mustGuard(t, drainPolicy, interceptors.WithSignals())
 		g.Drain()
@@ -53,7 +54,7 @@ func TestDrainBeforeServe(t *testing.T) {
 	})
 }
 
-func TestServeWithAnEndedContext(t *testing.T) {
+func TestCase34_ServeWithAnEndedContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := mustGuard(t, drainPolicy, interceptors.WithSignals())
 		ctx, cancel := context.WithCancel(t.Context())
@@ -155,6 +156,65 @@ func TestCase34_ServeTwice(t *testing.T) {
 	})
 }
 
+// TCP and a unix socket: both are served while they can be, and both are drained.
+func TestCase34_SeveralListeners(t *testing.T) {
+	socket := t.TempDir() + "/socket"
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := mustGuard(t, "server: {drain: {announce: 0s, grace: 300ms}}", interceptors.WithSignals())
+	entered, release := make(chan struct{}, 4), make(chan struct{})
+	srv := rpctest.NewServer(bothKinds(func(ctx context.Context, text string) error {
+		entered <- struct{}{}
+		if text == "hangs" {
+			<-ctx.Done()
+			return ctx.Err()
+		}
+		<-release
+		return nil
+	}), g.ServerOptions()...)
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(t.Context(), srv, tcp, unix) }()
+	calls := map[string][]<-chan error{}
+	for _, target := range []string{tcp.Addr().String(), "unix:" + socket} {
+		conn := dialProcess(t, target)
+		for _, text := range []string{"ends", "hangs"} {
+			done := make(chan error, 1)
+			go func() { done <- arms[3].call(t.Context(), conn, text) }()
+			calls[text] = append(calls[text], done)
+		}
+	}
+	for range cap(entered) {
+		<-entered
+	}
+	g.Drain()
+	<-g.Draining()
+	close(release)
+	for _, c := range calls["ends"] {
+		if err := <-c; err != nil {
+			t.Errorf("a call that ends: %v", err)
+		}
+	}
+	for _, c := range calls["hangs"] {
+		wantCut(t, "a call that hangs", <-c)
+	}
+	if err := <-served; err == nil || !strings.Contains(err.Error(), "cut 2 calls") || !strings.Contains(err.Error(), "peer 127.0.0.1:") {
+		t.Errorf("Serve returned %v", err)
+	}
+	for _, lis := range []net.Listener{tcp, unix} {
+		if c, err := net.Dial(lis.Addr().Network(), lis.Addr().String()); err == nil {
+			_ = c.Close()
+			t.Errorf("%v still listens", lis.Addr())
+		}
+	}
+	checkIdle(t, g)
+}
+
 func TestAListenerOfAnotherServerFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := serveDrain(t, drainPolicy, &rpctest.Service{})
@@ -207,6 +267,13 @@ func TestServeRefusesBadInput(t *testing.T) {
 			wantServeError(t, c.guard.Serve(c.ctx, c.srv, lis, nil), lis, c.want)
 			if err := c.guard.Shutdown(c.ctx, c.srv); err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("Shutdown returned %v, want %q", err, c.want)
+			}
+			var web *http.Server
+			if c.srv != nil {
+				web = new(http.Server)
+			}
+			if err := c.guard.ShutdownHTTP(c.ctx, web); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("ShutdownHTTP returned %v, want %q", err, c.want)
 			}
 		})
 	}

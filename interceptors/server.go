@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -38,7 +39,7 @@ func (g *Guard) StreamServerInterceptor() grpc.StreamServerInterceptor {
 
 func (g *Guard) unaryServer(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	now := g.now()
-	rec := g.inflight.begin(ctx, &info.FullMethod, now)
+	rec := g.inflight.begin(ctx, &info.FullMethod, now, nil)
 	defer rec.end()
 	returned := false
 	defer g.goexited(ctx, info.FullMethod, &returned)
@@ -73,47 +74,52 @@ func (g *Guard) guardUnary(ctx context.Context, now time.Duration, req any, info
 
 func (g *Guard) streamServer(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	ctx, now := ss.Context(), g.now()
-	rec := g.inflight.begin(ctx, &info.FullMethod, now)
+	s := &serverStream{ServerStream: ss, ctx: ctx}
+	rec := g.inflight.begin(ctx, &info.FullMethod, now, &s.wire)
 	defer rec.end()
 	returned := false
 	defer g.goexited(ctx, info.FullMethod, &returned)
-	err := g.guardStream(ctx, now, srv, ss, info, handler)
+	err := g.guardStream(ctx, now, srv, s, info, handler)
 	returned = true
 	return err
 }
 
-func (g *Guard) guardStream(ctx context.Context, now time.Duration, srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+func (g *Guard) guardStream(ctx context.Context, now time.Duration, srv any, s *serverStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	m, err := g.admitServer(info.FullMethod)
 	if err != nil {
 		return err
 	}
-	if info.FullMethod == healthWatch {
-		watch := g.drain.watch(ss)
-		defer g.drain.unwatch(watch)
-		ss = watch
-	}
 	if m == nil {
-		return g.settle(ctx, g.recovers.stream(srv, ss, info, handler))
+		return g.settle(ctx, g.handleStream(srv, s, info, handler))
 	}
-	c := call{guard: g, gates: m, method: info.FullMethod, stream: true}
+	c := &s.call
+	*c = call{guard: g, gates: m, method: info.FullMethod, stream: true}
 	if err := c.admit(ctx, now); err != nil {
 		return refused(ctx, err)
 	}
-	s := &serverStream{ServerStream: ss, streamCall: streamCall{call: c}, probing: c.ticket.Probe()}
+	s.probing = c.ticket.Probe()
 	var cancel context.CancelFunc
 	if s.ctx, cancel = c.withTimeout(ctx); cancel != nil {
 		defer cancel()
-		s.timed = true
 		defer s.endInTime()()
 	}
 	e := ending{unwound: true}
 	defer func() { s.end(e) }()
-	err = g.recovers.stream(srv, s, info, handler)
+	err = g.handleStream(srv, s, info, handler)
 	if cancel != nil && s.ctx.Err() == context.DeadlineExceeded {
 		err = errStreamTimeout // whatever the handler made of its transport's end
 	}
 	e.err, e.unwound = err, false
 	return g.settle(ctx, err)
+}
+
+func (g *Guard) handleStream(srv any, s *serverStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	if info.FullMethod != healthWatch {
+		return g.recovers.stream(srv, s, info, handler)
+	}
+	w := g.drain.watch(s)
+	defer g.drain.unwatch(w)
+	return g.recovers.stream(srv, w, info, handler)
 }
 
 // admitServer finds the gates of a method, and refuses new calls in a drain if
@@ -160,15 +166,14 @@ func refused(ctx context.Context, err error) error {
 	return err
 }
 
-// serverStream is what the handler of a guarded stream sees.
+// serverStream is what the handler of a stream sees.
 type serverStream struct {
 	grpc.ServerStream
 	ctx     context.Context // the stream's, with stream_timeout
-	probing bool            // of SendMsg alone, which is never called concurrently,
-	timed   bool            // endInTime may end it
+	probing bool            // of SendMsg alone, which is never called concurrently
 	wire    wire
 
-	streamCall
+	streamCall // zero if the method has no gates
 }
 
 // Context returns the stream's context, which ends at stream_timeout.
@@ -177,10 +182,8 @@ func (s *serverStream) Context() context.Context { return s.ctx }
 // SendMsg makes the first response of a half-open probe its verdict: a stream
 // may live for days.
 func (s *serverStream) SendMsg(m any) error {
-	if s.timed {
-		if err := s.wire.open(s.ServerStream); err != nil {
-			return err
-		}
+	if err := s.wire.open(s.ServerStream); err != nil {
+		return err
 	}
 	err := s.ServerStream.SendMsg(m)
 	if s.probing && err == nil {
@@ -221,28 +224,36 @@ func writeStatus(ctx context.Context, st *status.Status) {
 // wire orders the headers of a stream and a status from outside of its handler.
 // gRPC does not: a first message that is sent meanwhile would overtake them.
 type wire struct {
-	mu     sync.Mutex
-	opened bool
-	ended  *status.Status
+	opened bool // of SendMsg alone
+	ended  atomic.Pointer[status.Status]
+	mu     sync.Mutex // held while the headers are sent, or the status is written
 }
 
-// open sends the headers, unless the stream has been ended.
+// open sends the headers before the first message, unless the stream has been
+// ended.
 func (w *wire) open(ss grpc.ServerStream) error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.ended != nil {
-		return w.ended.Err()
-	}
 	if !w.opened {
 		w.opened = true
-		_ = ss.SendHeader(nil) // fails if the handler has sent them
+		w.sendHeader(ss)
+	}
+	if st := w.ended.Load(); st != nil {
+		return st.Err()
 	}
 	return nil
 }
 
+func (w *wire) sendHeader(ss grpc.ServerStream) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.ended.Load() == nil {
+		_ = ss.SendHeader(nil) // fails if the handler has sent them
+	}
+}
+
+// end writes the status of the stream; the first one counts.
 func (w *wire) end(ctx context.Context, st *status.Status) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.ended = st
+	w.ended.CompareAndSwap(nil, st)
 	writeStatus(ctx, st)
 }

@@ -12,8 +12,10 @@ import (
 	"google.golang.org/grpc/codes"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"github.com/grpc-resilience/grpc-resilience/interceptors"
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/rpctest"
 )
 
@@ -92,26 +94,39 @@ func (t transportStream) WriteStatus(*status.Status) error {
 	return nil
 }
 
+// cuttable returns the context of calls that a guard's Serve takes for its own, and
+// what makes it drain.
+func cuttable(t *testing.T, g *interceptors.Guard) (ctx context.Context, drain func()) {
+	t.Helper()
+	r := &running{guard: g, srv: grpc.NewServer(), lis: rpctest.Listen()}
+	r.serve(t)
+	r.silence(t) // or gRPC would be done before the cut: it has no call
+	t.Cleanup(func() {
+		<-r.served
+	})
+	return peer.NewContext(t.Context(), &peer.Peer{LocalAddr: r.lis.Addr()}), g.Drain
+}
+
 func TestAMessageDoesNotOvertakeItsHeaders(t *testing.T) {
 	for name, c := range map[string]struct {
 		method string
+		policy string
 		ended  codes.Code
 	}{
-		"stream that ends at its time":   {rpctest.Bidi, codes.DeadlineExceeded},
-		"health watch that a drain ends": {healthpb.Health_Watch_FullMethodName, codes.Unavailable},
+		"stream that ends at its time":   {rpctest.Bidi, "rules: [{methods: ['*'], stream_timeout: 1s}]", codes.DeadlineExceeded},
+		"health watch that a drain ends": {healthpb.Health_Watch_FullMethodName, "", codes.Unavailable},
+		"stream that a drain cuts":       {rpctest.Bidi, "", codes.Unavailable},
 	} {
 		for _, inflight := range []bool{false, true} {
 			t.Run(map[bool]string{false: "first message after it", true: "first message in flight"}[inflight]+"/"+name, func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
-					g := mustGuard(t, "server: {drain: {announce: 0s}, rules: [{methods: ['*'], stream_timeout: 1s}]}")
-					drain := func() {
-						if err := g.Shutdown(t.Context(), grpc.NewServer()); err != nil {
-							t.Error(err)
-						}
-					}
-					s := &wireStream{ctx: t.Context(), inflight: inflight, worst: make(chan struct{}), sent: make(chan struct{})}
-					if !inflight {
-						drain() // later it would send the first message itself
+					g := mustGuard(t, "server: {drain: {announce: 0s, grace: 0s}, "+c.policy+"}", interceptors.WithSignals())
+					ctx, drain := cuttable(t, g)
+					s := &wireStream{ctx: ctx, inflight: inflight, worst: make(chan struct{}), sent: make(chan struct{})}
+					early := !inflight && c.method == healthpb.Health_Watch_FullMethodName // later the drain would send the first message
+					if early {
+						drain()
+						synctest.Wait()
 					}
 					go func() {
 						_ = g.StreamServerInterceptor()(nil, s, &grpc.StreamServerInfo{FullMethod: c.method}, func(_ any, ss grpc.ServerStream) error {
@@ -127,7 +142,7 @@ func TestAMessageDoesNotOvertakeItsHeaders(t *testing.T) {
 						})
 					}()
 					synctest.Wait()
-					if inflight {
+					if !early && c.policy == "" {
 						drain()
 					}
 					<-s.sent
@@ -143,4 +158,47 @@ func TestAMessageDoesNotOvertakeItsHeaders(t *testing.T) {
 			})
 		}
 	}
+}
+
+// heldStatus is the transport stream of a unary call; its status takes a while.
+type heldStatus struct {
+	grpc.ServerTransportStream
+	began    chan struct{}
+	released chan struct{}
+}
+
+func (h heldStatus) WriteStatus(*status.Status) error {
+	close(h.began)
+	<-h.released
+	return nil
+}
+
+// gRPC sends the answer of a unary call when the interceptor has returned: not
+// while the drain writes its status.
+func TestAnAnswerWaitsForTheStatusOfTheCut(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, "server: {drain: {announce: 0s, grace: 0s}}", interceptors.WithSignals())
+		ctx, drain := cuttable(t, g)
+		held := heldStatus{began: make(chan struct{}), released: make(chan struct{})}
+		returned := make(chan struct{})
+		go func() {
+			defer close(returned)
+			_, _ = g.UnaryServerInterceptor()(grpc.NewContextWithServerTransportStream(ctx, held), nil, &grpc.UnaryServerInfo{FullMethod: rpctest.Unary},
+				func(context.Context, any) (any, error) {
+					<-held.began
+					return nil, nil
+				})
+		}()
+		drain()
+		<-held.began
+		for range 1000 {
+			runtime.Gosched() // long enough for an interceptor that nothing holds back
+		}
+		if isClosed(returned) {
+			t.Error("the interceptor has returned before the status was written")
+		}
+		close(held.released)
+		<-returned
+		checkIdle(t, g)
+	})
 }

@@ -1,0 +1,201 @@
+package interceptors
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+)
+
+// maxNamed is how many of the calls that a drain cuts are named, the oldest
+// first: a server may have any number of them.
+const maxNamed = 20
+
+// flushTime is how long the statuses of calls that are cut have to get on their
+// way before the connections are closed.
+const flushTime = 100 * time.Millisecond
+
+// errCut is what the client of a call that is cut gets, if its server is known;
+// otherwise its connection is closed, which gRPC calls UNAVAILABLE too.
+var errCut = status.New(codes.Unavailable, "the server is draining: the call was cut")
+
+// server is what a drain stops: a *grpc.Server or an httpServer.
+type server interface {
+	GracefulStop()
+	Stop()
+}
+
+// httpServer is an http.Server that a drain stops.
+type httpServer struct{ srv *http.Server }
+
+// GracefulStop has no deadline, as that of gRPC.
+func (s httpServer) GracefulStop() { _ = s.srv.Shutdown(context.Background()) }
+func (s httpServer) Stop()         { _ = s.srv.Close() }
+
+// listening is where a server listens.
+type listening struct {
+	addr net.Addr
+	srv  server
+}
+
+// at reports whether a connection with this local address came by there.
+func (l listening) at(local net.Addr) bool {
+	on, ok := l.addr.(*net.TCPAddr)
+	to, both := local.(*net.TCPAddr)
+	if ok && both {
+		return on.Port == to.Port && (on.IP.IsUnspecified() || on.IP.Equal(to.IP))
+	}
+	return l.addr != nil && local != nil && l.addr.Network() == local.Network() && l.addr.String() == local.String()
+}
+
+// listen makes known where a server listens.
+func (d *drain) listen(srv server, lis []net.Listener) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, l := range lis {
+		d.listeners = append(d.listeners, listening{l.Addr(), srv})
+	}
+}
+
+// serverOf returns the server that a call came to, which gRPC does not tell its
+// interceptors; nil if it is not known.
+func serverOf(ctx context.Context, listeners []listening) server {
+	if s, ok := ctx.Value(http.ServerContextKey).(*http.Server); ok {
+		return httpServer{s}
+	}
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return nil
+	}
+	var found server
+	for _, l := range listeners {
+		if !l.at(p.LocalAddr) {
+			continue
+		}
+		if found != nil && found != l.srv {
+			return nil
+		}
+		found = l.srv
+	}
+	return found
+}
+
+// eachOf takes the calls in flight that came to a server, or whose server is not
+// known.
+func (g *Guard) eachOf(srv server, visit func(r *record, known bool) (keep bool)) {
+	g.drain.mu.Lock()
+	listeners := g.drain.listeners
+	g.drain.mu.Unlock()
+	g.inflight.each(func(r *record) (keep bool) {
+		to := serverOf(r.ctx, listeners)
+		return (to == srv || to == nil) && visit(r, to != nil)
+	})
+}
+
+// running is the number of those calls.
+func (g *Guard) running(srv server) int {
+	n := 0
+	g.eachOf(srv, func(*record, bool) bool { n++; return false })
+	return n
+}
+
+// cutCalls returns those calls that it has not returned yet, in no order, and
+// writes their status. Those whose server is not known are left alone, and
+// returned only with strangers.
+func (g *Guard) cutCalls(srv server, strangers bool) []runningCall {
+	now := g.now()
+	var calls []runningCall
+	g.eachOf(srv, func(r *record, known bool) (keep bool) {
+		if r.cut || !known && !strangers {
+			return false
+		}
+		c := r.call(now)
+		c.told = known
+		calls = append(calls, c)
+		if !known {
+			return false
+		}
+		r.cut = true
+		// Not in line: a stats handler may hang, an HTTP client not read.
+		go func() {
+			defer r.giveBack()
+			g.contain("stats handler", func() { r.writeStatus(errCut) })
+		}()
+		return true
+	})
+	g.metrics.aborted(len(calls))
+	return calls
+}
+
+// oldest returns the calls that are named, and how many are not.
+func oldest(calls []runningCall) (named []runningCall, more int) {
+	slices.SortFunc(calls, func(a, b runningCall) int { return cmp.Compare(b.age, a.age) })
+	n := min(len(calls), maxNamed)
+	return calls[:n], len(calls) - n
+}
+
+func cutError(calls []runningCall) error {
+	if len(calls) == 0 {
+		return nil
+	}
+	var lines []string
+	named, more := oldest(calls)
+	for _, c := range named {
+		lines = append(lines, fmt.Sprintf("%s (age %v, peer %s)", c.method, roundUp(c.age), c.peer))
+	}
+	if more > 0 {
+		lines = append(lines, fmt.Sprintf("and %d more", more))
+	}
+	return fmt.Errorf("interceptors: the drain cut %d calls: %s", len(calls), strings.Join(lines, ", "))
+}
+
+// journal logs a drain, in order, on a goroutine of its own: a logger that hangs,
+// perhaps because nobody reads from its pipe, must not hold the drain up.
+type journal struct {
+	guard *Guard
+	lines chan func()
+	done  chan struct{}
+}
+
+func (g *Guard) newJournal() *journal {
+	j := &journal{guard: g, lines: make(chan func(), 4*maxNamed), done: make(chan struct{})}
+	go func() {
+		defer close(j.done)
+		for write := range j.lines {
+			write()
+		}
+	}()
+	return j
+}
+
+func (j *journal) log(level slog.Level, msg string, attrs ...slog.Attr) {
+	select {
+	case j.lines <- func() { j.guard.log(level, msg, attrs...) }:
+	default: // it hangs
+	}
+}
+
+func (j *journal) cut(calls []runningCall) {
+	named, more := oldest(calls)
+	for _, c := range named {
+		j.log(slog.LevelWarn, "drain cuts a call", slog.String("method", c.method), slog.Duration("age", c.age), slog.String("peer", c.peer))
+	}
+	if more > 0 {
+		j.log(slog.LevelWarn, "drain cuts more calls", slog.Int("calls", more))
+	}
+}
+
+// close waits for the logger, but not for ever.
+func (j *journal) close() {
+	close(j.lines)
+	wait(context.Background(), time.Second, j.done)
+}
