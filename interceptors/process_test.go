@@ -11,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -29,14 +31,22 @@ import (
 
 // The environment of a test binary that is run as the server.
 const (
-	processPolicy = "GRPC_RESILIENCE_TEST_POLICY" // in YAML; set: be the server
-	processAddr   = "GRPC_RESILIENCE_TEST_ADDR"
-	processMode   = "GRPC_RESILIENCE_TEST_MODE" // "": Serve; "context": SIGTERM ends its context; "stop": plain gRPC, stopped by SIGTERM
+	processPolicy  = "GRPC_RESILIENCE_TEST_POLICY" // in YAML; set: be the server
+	processAddr    = "GRPC_RESILIENCE_TEST_ADDR"
+	processMode    = "GRPC_RESILIENCE_TEST_MODE"    // words, see TestServerProcess
+	processLedgers = "GRPC_RESILIENCE_TEST_LEDGERS" // a directory
 )
 
 // TestServerProcess is the server of the tests below. It tells its address, the
-// calls that it begins and what the guard logs on standard output, answers calls
-// of "held" when standard input is closed, and "quick" ones with its PID.
+// calls that it begins and what the guard logs on standard output, and answers
+// calls of "held" when standard input is closed. Words of its mode:
+//
+//	context   SIGTERM ends the context of Serve
+//	early     and does before Serve
+//	tls       it wants TLS
+//	rolling   it is a ledgerService and leaves its ledger
+//	stop      plain gRPC, stopped by SIGTERM
+//	count     plain gRPC, which after SIGTERM exits when no call is in flight
 func TestServerProcess(t *testing.T) {
 	policy, ok := os.LookupEnv(processPolicy)
 	if !ok {
@@ -58,14 +68,15 @@ func TestServerProcess(t *testing.T) {
 		defer out.Unlock()
 		fmt.Println(what)
 	}
+	mode := func(word string) bool { return slices.Contains(strings.Fields(os.Getenv(processMode)), word) }
 	opts := []interceptors.Option{interceptors.WithLogger(slog.New(slog.NewTextHandler(os.Stdout, nil)))}
-	if os.Getenv(processMode) == "context" {
+	if mode("context") {
 		opts = append(opts, interceptors.WithSignals(os.Interrupt))
 	}
 	guard := mustGuard(t, policy, opts...)
-	srv := rpctest.NewServer(&rpctest.Service{
+	service := &rpctest.Service{
 		Unary: func(ctx context.Context, req *rpctest.Message) (*rpctest.Message, error) {
-			switch text := req.GetValue(); text {
+			switch text, _, _ := strings.Cut(req.GetValue(), " "); text {
 			case "held":
 				say("began " + text)
 				select {
@@ -75,34 +86,41 @@ func TestServerProcess(t *testing.T) {
 				}
 			case "stuck":
 				say("began " + text)
-				<-released
-			default:
-				time.Sleep(3 * time.Millisecond) // the work of the call
-				return &rpctest.Message{Value: fmt.Sprint(os.Getpid())}, nil
+				select {}
 			}
 			return req, nil
 		},
 		Stream: func(ss grpc.ServerStream) error {
-			if _, err := rpctest.Recv(ss); err != nil {
+			text, err := rpctest.Recv(ss)
+			if err != nil {
 				return err
 			}
 			say("began stream")
-			<-guard.Draining()
-			return rpctest.Send(ss, "bye")
+			return streamOfProcess(text, guard, ss)
 		},
-	}, guard.ServerOptions()...)
+	}
+	var done ledger
+	if mode("rolling") {
+		service = ledgerService(guard, fmt.Sprint(os.Getpid()), &done)
+	}
+	var extra []grpc.ServerOption
+	if mode("tls") {
+		extra = append(extra, grpc.Creds(serverTLS(t)))
+	}
+	srv := rpctest.NewServer(service, guard.ServerOptions(extra...)...)
 
-	ctx := context.Background()
-	switch os.Getenv(processMode) {
-	case "context":
-		var stop context.CancelFunc
-		ctx, stop = signal.NotifyContext(ctx, syscall.SIGTERM)
-		defer stop()
-	case "stop":
+	if mode("stop") || mode("count") {
 		c := make(chan os.Signal, 1)
 		signal.Notify(c, syscall.SIGTERM)
 		go func() {
 			<-c
+			say("phase=grace")
+			for mode("count") && guard.Snapshot().Drain.InFlight > 0 {
+				runtime.Gosched()
+			}
+			if mode("count") {
+				os.Exit(0)
+			}
 			srv.Stop()
 		}()
 		say("listening " + lis.Addr().String())
@@ -111,12 +129,53 @@ func TestServerProcess(t *testing.T) {
 		}
 		return
 	}
+	ctx := context.Background()
+	if mode("context") {
+		var stop context.CancelFunc
+		ctx, stop = signal.NotifyContext(ctx, syscall.SIGTERM)
+		defer stop()
+	}
 	// A client's first call waits until the server accepts; a signal must come
 	// after a call.
 	say("listening " + lis.Addr().String())
+	if mode("early") {
+		<-ctx.Done()
+	}
 	if err := guard.Serve(ctx, srv, lis); err != nil {
 		t.Fatalf("Serve: %v", err)
 	}
+	if dir := os.Getenv(processLedgers); dir != "" {
+		if err := os.WriteFile(fmt.Sprintf("%s/%d", dir, os.Getpid()), []byte(done.String()), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	os.Exit(0) // at once: what is not on its way yet is lost
+}
+
+// streamOfProcess is what a stream does that began with a text.
+func streamOfProcess(text string, guard *interceptors.Guard, ss grpc.ServerStream) error {
+	switch text {
+	case "deaf":
+		select {}
+	case "receives":
+		_, err := rpctest.Recv(ss)
+		return err
+	case "sends":
+		for {
+			if err := rpctest.Send(ss, "more"); err != nil {
+				return err
+			}
+			time.Sleep(time.Millisecond)
+		}
+	case "floods":
+		for {
+			if err := rpctest.Send(ss, strings.Repeat("x", 4<<20-100)); err != nil {
+				return err
+			}
+		}
+	}
+	<-guard.Draining()
+	return rpctest.Send(ss, "bye")
 }
 
 // patience is how long a process may take to do what it should do at once.
@@ -134,10 +193,10 @@ type process struct {
 }
 
 // startProcess starts a server on addr, which may be "127.0.0.1:0".
-func startProcess(t *testing.T, addr, mode, policy string) *process {
+func startProcess(t *testing.T, addr, mode, policy string, env ...string) *process {
 	t.Helper()
 	p := &process{t: t, cmd: exec.Command(os.Args[0], "-test.run=^TestServerProcess$", "-test.v"), lines: make(chan string, 1000)}
-	p.cmd.Env = append(os.Environ(), processPolicy+"="+policy, processAddr+"="+addr, processMode+"="+mode,
+	p.cmd.Env = append(append(os.Environ(), env...), processPolicy+"="+policy, processAddr+"="+addr, processMode+"="+mode,
 		"GORACE=atexit_sleep_ms=0 "+os.Getenv("GORACE")) // the race detector's 1s at the exit of each
 	p.cmd.Stderr = os.Stderr
 	in, err := p.cmd.StdinPipe()
@@ -183,6 +242,9 @@ func (p *process) expect(text string) string {
 	}
 }
 
+// name is how a ledgerService of the process calls itself.
+func (p *process) name() string { return fmt.Sprint(p.cmd.Process.Pid) }
+
 func (p *process) signal(s os.Signal) {
 	p.t.Helper()
 	if err := p.cmd.Process.Signal(s); err != nil {
@@ -216,7 +278,7 @@ func (p *process) exit(code int) string {
 
 func dialProcess(t *testing.T, target string, opts ...grpc.DialOption) *grpc.ClientConn {
 	t.Helper()
-	conn, err := grpc.NewClient(target, append(opts, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
+	conn, err := grpc.NewClient(target, append([]grpc.DialOption{grpc.WithTransportCredentials(insecure.NewCredentials())}, opts...)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -231,10 +293,14 @@ func (p *process) begin(conn *grpc.ClientConn, text string) <-chan error {
 	go func() {
 		ctx, cancel := context.WithTimeout(p.t.Context(), patience)
 		defer cancel()
-		_, err := rpctest.Call(ctx, conn, rpctest.Unary, text)
+		answer, err := rpctest.Call(ctx, conn, rpctest.Unary, text)
+		if err == nil && answer != text {
+			err = fmt.Errorf("the answer is %.20q", answer)
+		}
 		done <- err
 	}()
-	p.expect("began " + text)
+	word, _, _ := strings.Cut(text, " ")
+	p.expect("began " + word)
 	return done
 }
 
@@ -317,6 +383,118 @@ func TestCase34_ContextEndsAndSIGINTComes(t *testing.T) {
 			t.Errorf("a second SIGINT: %v; the call ended with %v", again, err)
 		}
 		p.exit(map[bool]int{false: 0, true: 1}[again])
+	}
+}
+
+// The other way round the SIGINT skips announce, and the next one cuts.
+func TestCase34_SIGINTComesAndContextEnds(t *testing.T) {
+	p := startProcess(t, "127.0.0.1:0", "context", "server: {drain: {announce: 1m, grace: 1m}}")
+	call := p.begin(dialProcess(t, p.addr), "held")
+	p.signal(os.Interrupt)
+	p.expect("phase=grace in_flight=1")
+	p.signal(syscall.SIGTERM) // ends the context
+	p.signal(os.Interrupt)
+	wantCut(t, "the call in flight", <-call)
+	p.exit(1)
+}
+
+func TestCase34_SIGTERMIsRepeatedInEachPhase(t *testing.T) {
+	p := startProcess(t, "127.0.0.1:0", "", "server: {drain: {announce: 200ms, grace: 200ms, cut: 200ms}}")
+	call := p.begin(dialProcess(t, p.addr), "stuck")
+	for _, phase := range []string{"announce", "grace", "cut"} {
+		p.signal(syscall.SIGTERM)
+		p.expect("phase=" + phase)
+	}
+	p.signal(syscall.SIGTERM)
+	wantCut(t, "the call in flight", <-call)
+	said := p.exit(1)
+	for _, want := range []string{"drain abandons handlers that ignore their context", "phase=stopped"} {
+		if !strings.Contains(said, want) {
+			t.Errorf("the server does not say %q:\n%s", want, said)
+		}
+	}
+}
+
+// A signal before Serve is the program's: where it ends the context, Serve drains at
+// once; where nobody waits for it, it ends the process.
+func TestCase34_SignalBeforeServe(t *testing.T) {
+	for mode, code := range map[string]int{"context early": 0, "early": -1} {
+		p := startProcess(t, "127.0.0.1:0", mode, "server: {drain: {announce: 100ms}}")
+		p.signal(syscall.SIGTERM)
+		if code == 0 {
+			p.expect("phase=announce")
+			if _, err := rpctest.Call(t.Context(), dialProcess(t, p.addr), rpctest.Unary, "quick"); err != nil {
+				t.Errorf("a call in announce: %v", err)
+			}
+		}
+		p.exit(code)
+	}
+}
+
+func TestCase32_HealthWatchOverTCP(t *testing.T) {
+	p := startProcess(t, "127.0.0.1:0", "", "server: {drain: {announce: 100ms, grace: 1m}}")
+	conn := dialProcess(t, p.addr)
+	watches := map[healthpb.HealthCheckResponse_ServingStatus]healthpb.Health_WatchClient{}
+	for first, service := range map[healthpb.HealthCheckResponse_ServingStatus]string{up: "", unknown: "nobody"} {
+		w, err := healthpb.NewHealthClient(conn).Watch(t.Context(), &healthpb.HealthCheckRequest{Service: service})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m, err := w.Recv(); err != nil || m.GetStatus() != first {
+			t.Errorf("%q: %v, %v", service, m, err)
+		}
+		watches[first] = w
+	}
+	p.signal(syscall.SIGTERM)
+	for first, w := range watches {
+		if got, err := statusesOf(w); !slices.Equal(got, []healthpb.HealthCheckResponse_ServingStatus{down}) || status.Code(err) != codes.Unavailable {
+			t.Errorf("after %v: %v, %v", first, got, err)
+		}
+	}
+	p.exit(0)
+}
+
+func TestCase33_StuckStreamsOverTCP(t *testing.T) {
+	p := startProcess(t, "127.0.0.1:0", "", "server: {drain: {announce: 0s, grace: 200ms, cut: 300ms}}")
+	streams := map[string]grpc.ClientStream{}
+	for _, a := range []struct {
+		text, method string
+		half         bool // the client sends nothing more
+	}{
+		{"deaf", rpctest.ServerStream, true},
+		{"receives", rpctest.Bidi, false},
+		{"sends", rpctest.Bidi, true},
+		{"floods", rpctest.ServerStream, true},
+	} {
+		s, err := rpctest.Open(t.Context(), dialProcess(t, p.addr), a.method)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := rpctest.Send(s, a.text); err != nil {
+			t.Fatal(err)
+		}
+		if a.half {
+			_ = s.CloseSend()
+		}
+		p.expect("began stream")
+		streams[a.text] = s
+	}
+	p.signal(syscall.SIGTERM)
+	for text, s := range streams {
+		if text == "floods" {
+			continue // is not read
+		}
+		var err error
+		for err == nil {
+			_, err = rpctest.Recv(s)
+		}
+		wantCut(t, text, err)
+	}
+	said := p.exit(1)
+	for _, want := range []string{"Serve: interceptors: the drain cut 4 calls: ", "/test.v1.Test/ServerStream (age ", "/test.v1.Test/Bidi (age ", "peer 127.0.0.1:"} {
+		if !strings.Contains(said, want) {
+			t.Errorf("the server does not say %q:\n%s", want, said)
+		}
 	}
 }
 
