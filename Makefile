@@ -12,6 +12,9 @@ LINT := go tool -modfile=$(CURDIR)/tools/lint/go.mod golangci-lint
 # How long each fuzz target runs.
 FUZZTIME ?= 10m
 
+# How many server processes `make soak` ends.
+SOAK ?= 10000
+
 .PHONY: help
 help: ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +57,10 @@ mutants: ## Break the code on purpose, line by line: a test must fail each time.
 .PHONY: bench
 bench: ## Measure this project and others in one run, some 10 minutes: docs/performance.md.
 	@cd benchmarks && go run . -o $(CURDIR)/docs/performance.md
+
+.PHONY: soak
+soak: ## End SOAK server processes (default 10000) that have answers on their way: none may be lost.
+	@GRPC_RESILIENCE_SOAK_ROUNDS=$(SOAK) go test -race -count=1 -timeout 12h -v -run '^TestCase35' ./interceptors
 
 .PHONY: fuzz
 fuzz: ## Fuzz each target for FUZZTIME (default 10m).

@@ -166,14 +166,12 @@ func (w *watchStream) tell() {
 	}
 }
 
-// lock fails when the stream is over for gRPC: its own context may end before.
 func (w *watchStream) lock() error {
-	over := w.ServerStream.Context()
 	select {
 	case w.sending <- struct{}{}:
 		return nil
-	case <-over.Done():
-		return status.FromContextError(over.Err()).Err()
+	case <-w.Context().Done():
+		return status.FromContextError(w.Context().Err()).Err()
 	}
 }
 

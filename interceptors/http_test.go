@@ -128,3 +128,29 @@ func TestShutdownHTTPCuts(t *testing.T) {
 		})
 	}
 }
+
+// An http.Server may have other requests, too: they are not named, but do not last.
+func TestShutdownHTTPEndsOtherRequests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, lis := mustGuard(t, drainPolicy), rpctest.Listen()
+		web := &http.Server{Handler: http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })}
+		served := make(chan error, 1)
+		go func() { served <- web.Serve(lis) }()
+		c, err := lis.Dial()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := c.Write([]byte("GET / HTTP/1.1\r\nHost: test\r\n\r\n")); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		began := time.Now()
+		go func() { _, _ = c.Read(make([]byte, 1)); _ = c.Close() }()
+		err = g.ShutdownHTTP(t.Context(), web)
+		if took := time.Since(began); err != nil || took.Truncate(time.Second) != 20*time.Second {
+			t.Errorf("ShutdownHTTP returned %v after %v", err, took)
+		}
+		<-served
+	})
+}

@@ -72,6 +72,17 @@ func TestInflightCostsNoAllocation(t *testing.T) {
 	}
 }
 
+// A context may be large, and live as long as the pool.
+func TestInflightForgetsTheContextOfACall(t *testing.T) {
+	var f inflight
+	method := "/shop.v1.Orders/Place"
+	r := f.begin(from("a"), &method, 0, new(wire))
+	r.end()
+	if r.ctx != nil || r.wire != nil {
+		t.Errorf("%v, %v are kept", r.ctx, r.wire)
+	}
+}
+
 // Calls that come in waves, with the pool emptied by the collector in between,
 // must not make the list grow: it follows the highest wave.
 func TestInflightListIsBounded(t *testing.T) {

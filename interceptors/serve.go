@@ -32,9 +32,15 @@ const handshakeTimeout = 5 * time.Second
 // SIGTERM, and the end of ctx, start the full drain: announce, grace, cut.
 // SIGINT skips announce, and a SIGINT during a drain cuts at once; a second
 // SIGTERM is ignored. (After the end of ctx the first SIGINT only skips announce:
-// it may be what ended ctx, by way of signal.NotifyContext.) The error is nil
-// after a drain that cut nothing; otherwise it lists the calls that were cut (the
-// 20 oldest, and how many more there were), and what failed.
+// it may be what ended ctx, by way of signal.NotifyContext.) A signal that comes
+// before Serve is the program's. The error is nil after a drain that cut nothing;
+// otherwise it lists the calls that were cut (the 20 oldest, and how many more there
+// were), and what failed.
+//
+// The client of a call that is cut gets UNAVAILABLE, and its handler's context is
+// cancelled. Handlers that have not ended when cut is over go on without a client,
+// and Serve returns. It takes no longer than the phases, and up to 1s for a logger
+// that hangs.
 //
 // A guard drains once, all of its servers together: a drain of one makes every
 // other Serve of the guard drain, and Serve refuses to start after it.
@@ -114,10 +120,12 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 }
 
 // Shutdown drains srv as the policy's server.drain says, for those who call
-// srv.Serve themselves; when ctx ends, what still runs is cut at once. The error
-// is nil if nothing was cut, otherwise it lists the calls that were, as that of
-// Serve does. Called from a handler it would wait for that handler: use Drain
-// there.
+// srv.Serve themselves; when ctx ends, what still runs is cut at once: by closing
+// its connection, for which gRPC's clients say UNAVAILABLE. The error is nil if
+// nothing was cut, otherwise it lists the calls that were, as that of Serve does,
+// and those of other servers on which Shutdown is called. Called from a handler it
+// would wait for that handler: use Drain there. For a server behind http.Server it
+// is ShutdownHTTP.
 func (g *Guard) Shutdown(ctx context.Context, srv *grpc.Server) error {
 	if err := g.usable(); err != nil {
 		return err
@@ -134,8 +142,9 @@ func (g *Guard) Shutdown(ctx context.Context, srv *grpc.Server) error {
 // ShutdownHTTP is Shutdown for gRPC calls that come by way of an http.Server, whose
 // handler calls grpc.Server.ServeHTTP. In place of gRPC's GracefulStop, which would
 // cut them, it calls srv.Shutdown when grace begins, and srv.Close for what still
-// runs when grace is over. srv's other requests end with the drain, too, but are
-// not named. The grpc.Server itself needs no Shutdown.
+// runs when grace is over; the clients of calls get UNAVAILABLE before. srv's other
+// requests end with the drain, too, but are not named. The grpc.Server itself needs
+// no Shutdown.
 func (g *Guard) ShutdownHTTP(ctx context.Context, srv *http.Server) error {
 	if err := g.usable(); err != nil {
 		return err

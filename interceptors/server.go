@@ -245,15 +245,12 @@ func (w *wire) open(ss grpc.ServerStream) error {
 func (w *wire) sendHeader(ss grpc.ServerStream) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.ended.Load() == nil {
-		_ = ss.SendHeader(nil) // fails if the handler has sent them
-	}
+	_ = ss.SendHeader(nil) // fails if the handler has sent them, or the stream has ended
 }
 
-// end writes the status of the stream; the first one counts.
 func (w *wire) end(ctx context.Context, st *status.Status) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.ended.CompareAndSwap(nil, st)
+	w.ended.Store(st)
 	writeStatus(ctx, st)
 }

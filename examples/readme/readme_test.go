@@ -4,6 +4,7 @@ package readme
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"log"
 	"net"
@@ -237,6 +238,17 @@ func reload(guard *interceptors.Guard) {
 			log.Printf("the policy stays as it was:\n%v", err) // every mistake, with line and column
 		}
 	}
+}
+
+func behindHTTP(ctx context.Context, guard *interceptors.Guard, listener net.Listener, config *tls.Config) error {
+	srv := grpc.NewServer(guard.ServerOptions()...)
+	web := &http.Server{Handler: srv, TLSConfig: config}
+	terminated, stop := signal.NotifyContext(ctx, syscall.SIGTERM)
+	defer stop()
+	go web.ServeTLS(listener, "", "")
+	<-terminated.Done()
+	err := guard.ShutdownHTTP(ctx, web)
+	return err
 }
 
 func chain(guard *interceptors.Guard, tracing stats.Handler, accessLog, authenticate grpc.UnaryServerInterceptor) *grpc.Server {
