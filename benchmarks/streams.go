@@ -8,6 +8,7 @@ import (
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/metadata"
 )
 
 var streamArms = []arm{
@@ -82,9 +83,10 @@ func (clientEnd) SendMsg(any) error   { return nil }
 
 type serverEnd struct{ grpc.ServerStream }
 
-func (serverEnd) Context() context.Context { return served }
-func (serverEnd) RecvMsg(any) error        { return nil }
-func (serverEnd) SendMsg(any) error        { return nil }
+func (serverEnd) Context() context.Context     { return served }
+func (serverEnd) SendHeader(metadata.MD) error { return nil }
+func (serverEnd) RecvMsg(any) error            { return nil }
+func (serverEnd) SendMsg(any) error            { return nil }
 
 var (
 	bidi     = &grpc.StreamDesc{StreamName: "Stream", ServerStreams: true, ClientStreams: true}

@@ -66,7 +66,7 @@ func balanceSettings(p *policy.LoadBalancing) balance.Settings {
 	if b := p.Breaker; b != nil {
 		s.LatencyFactor = b.LatencyFactor
 		s.Breaker = &breaker.Config{
-			Consecutive: b.Consecutive, ErrorPercent: b.ErrorPercent, RequestVolume: b.RequestVolume, Probes: 1, Window: b.Window,
+			Consecutive: int32(b.Consecutive), ErrorPercent: b.ErrorPercent, RequestVolume: b.RequestVolume, Probes: 1, Window: b.Window,
 			SleepWindow: b.SleepWindow, MaxSleepWindow: b.MaxSleepWindow, Lease: b.SleepWindow,
 		}
 		if b.LatencyFactor > 0 {

@@ -248,7 +248,7 @@ func (m *gates) addBreaker(s *side, old *gates) (err error) {
 		SleepWindow: b.SleepWindow, MaxSleepWindow: b.MaxSleepWindow, Probes: b.Probes, Lease: b.Lease,
 	}
 	if b.SlowCall > 0 {
-		config.SlowPercent = b.SlowPercent
+		config.SlowPercent = int32(b.SlowPercent)
 	}
 	if isWindow {
 		window.Set(config, s.guard.now())

@@ -34,15 +34,15 @@ type Config struct {
 	// RequestVolume is the number of calls in the window below which the breaker
 	// stays closed: at least 1.
 	RequestVolume int
-	// Consecutive opens the breaker after this many failures in a row, whatever the
-	// volume. Zero: they are not counted.
-	Consecutive int
 	// Probes may run at once in half-open, and as many successes close: at
 	// least 1.
 	Probes int
+	// Consecutive opens the breaker after this many failures in a row, whatever the
+	// volume. Zero: they are not counted.
+	Consecutive int32
 	// SlowPercent opens the breaker when this percentage of the calls in the
 	// window was slow: 1 to 100. Zero: slow calls are like all others.
-	SlowPercent int
+	SlowPercent int32
 	// Window is the length of the sliding window. It moves on in steps of a tenth,
 	// so that it spans nine to ten tenths of this. Positive.
 	Window time.Duration

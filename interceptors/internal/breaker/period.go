@@ -17,16 +17,16 @@ const (
 // an object that nobody looks at any more: a period is what others call a
 // generation.
 type period struct {
-	state State         // immutable
-	start time.Duration // immutable
-	sleep time.Duration // immutable; the latest sleep window, 0 if closed
-	width time.Duration // immutable; of a bucket, 0 unless closed
+	state  State         // immutable
+	inARow atomic.Uint32 // closed: failures since the last success; here it takes no room
+	start  time.Duration // immutable
+	sleep  time.Duration // immutable; the latest sleep window, 0 if closed
+	width  time.Duration // immutable; of a bucket, 0 unless closed
 
 	// Closed. Counters need no lock; Window.mu guards the advance to the next
 	// bucket.
 	newest  atomic.Uint64 // number of the newest bucket, since start
 	dirty   atomic.Uint64 // the first bucket number at which the window is free of failures and slow calls
-	inARow  atomic.Uint32 // failures since the last success
 	buckets [buckets]bucket
 
 	// Half-open, all guarded by Window.mu.
@@ -91,7 +91,7 @@ func (p *period) sum() (requests, failures, slow uint64) {
 func (p *period) tripped(cfg *Config) (Cause, bool) {
 	requests, failures, slow := p.sum()
 	switch {
-	case cfg.Consecutive > 0 && int(p.inARow.Load()) >= cfg.Consecutive:
+	case cfg.Consecutive > 0 && p.inARow.Load() >= uint32(cfg.Consecutive):
 		return ConsecutiveFailures, true
 	case requests < uint64(cfg.RequestVolume):
 		return 0, false

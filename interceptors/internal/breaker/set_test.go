@@ -206,7 +206,7 @@ func TestSetAtOnce(t *testing.T) {
 				cfg.Window = []time.Duration{10 * sec, 10 * sec, 5 * sec}[random.IntN(3)]
 				cfg.SleepWindow = []time.Duration{5 * sec, 1 * sec, 9 * sec}[random.IntN(3)]
 				cfg.MaxSleepWindow = []time.Duration{0, 20 * sec}[random.IntN(2)]
-				cfg.Probes, cfg.SlowPercent, cfg.RequestVolume = 1+random.IntN(3), 50*random.IntN(2), 1+random.IntN(10)
+				cfg.Probes, cfg.SlowPercent, cfg.RequestVolume = 1+random.IntN(3), 50*random.Int32N(2), 1+random.IntN(10)
 				w.Set(cfg, time.Duration(clock.Load()))
 			}
 			return

@@ -156,7 +156,7 @@ func (m *modelBreaker) done(call *modelCall, now time.Duration, result breaker.R
 		case requests < m.cfg.RequestVolume:
 		case failures*100 >= requests*m.cfg.ErrorPercent:
 			m.change(now, breaker.Open, breaker.ErrorPercent)
-		case m.cfg.SlowPercent > 0 && slowOnes*100 >= requests*m.cfg.SlowPercent:
+		case m.cfg.SlowPercent > 0 && slowOnes*100 >= requests*int(m.cfg.SlowPercent):
 			m.change(now, breaker.Open, breaker.SlowCalls)
 		}
 	case result == breaker.Failure || slow:
@@ -185,7 +185,7 @@ var breakerConfigs = rapid.Custom(func(t *rapid.T) breaker.Config {
 		ErrorPercent:   rapid.SampledFrom([]int{1, 30, 50, 100}).Draw(t, "error percent"),
 		RequestVolume:  rapid.IntRange(1, 6).Draw(t, "request volume"),
 		Probes:         rapid.IntRange(1, 3).Draw(t, "probes"),
-		SlowPercent:    rapid.SampledFrom([]int{0, 0, 40, 100}).Draw(t, "slow percent"),
+		SlowPercent:    rapid.SampledFrom([]int32{0, 0, 40, 100}).Draw(t, "slow percent"),
 		Window:         seconds("window", 10, 10, 10, 5),
 		SleepWindow:    seconds("sleep window", 5, 5, 5, 1, 20),
 		MaxSleepWindow: seconds("max sleep window", 0, 5, 12, 60),
