@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/big"
 	"net"
 	"strings"
@@ -201,6 +202,43 @@ func TestCase31_HalfOpenConnection(t *testing.T) {
 		synctest.Wait()
 		checkIdle(t, r.guard)
 	})
+}
+
+// All at once: handlers, the logger and the stats handler hang, peers hold up their
+// handshakes, acknowledge nothing and do not read. The drain ends in time.
+func TestWhateverHangsTheDrainEndsInTime(t *testing.T) {
+	for policy, phases := range map[string]time.Duration{
+		drainPolicy: 25 * time.Second,
+		"server: {drain: {announce: 0s, grace: 0s, cut: 0s}}":   0,
+		"server: {drain: {announce: 1s, grace: 1s, cut: 50ms}}": 2050 * time.Millisecond,
+	} {
+		t.Run(phases.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				release := make(chan struct{})
+				log := interceptors.WithLogger(slog.New(hungHandler{slog.NewTextHandler(io.Discard, nil), release}))
+				r := &running{guard: mustGuard(t, policy, interceptors.WithSignals(), log), lis: rpctest.Listen()}
+				r.srv = rpctest.NewServer(deaf(release), r.guard.ServerOptions(grpc.StatsHandler(hungStats{released: release}))...)
+				r.serve(t)
+				for _, a := range kinds {
+					a.start(t.Context(), r.conn, "held")
+				}
+				for _, p := range peers {
+					raw, err := r.lis.Dial()
+					if err != nil {
+						t.Fatal(err)
+					}
+					join(t, raw, p.says, p.reads)
+				}
+				r.stop()
+				if took, err := r.wait(); took != phases+time.Second || err == nil || !strings.Contains(err.Error(), "cut 4 calls") {
+					t.Errorf("Serve returned %v after %v, want 4 calls after %v and 1s for the logger", err, took, phases)
+				}
+				close(release)
+				_ = r.conn.Close()
+				r.srv.Stop()
+			})
+		})
+	}
 }
 
 func TestCase31_PeersThatHoldUpADrainOverTCP(t *testing.T) {
