@@ -20,9 +20,9 @@ import (
 // first: a server may have any number of them.
 const maxNamed = 20
 
-// flushTime is how long the statuses of calls that are cut have to get on their
-// way before the connections are closed.
-const flushTime = 100 * time.Millisecond
+// flushTime is how long, at most, the statuses of calls that are cut have to get on
+// their way before the connections are closed: their handlers are cancelled already.
+const flushTime = time.Second
 
 // errCut is what the client of a call that is cut gets, if its server is known;
 // otherwise its connection is closed, which gRPC calls UNAVAILABLE too.

@@ -154,7 +154,7 @@ func TestCase33_HandlersThatIgnoreEverythingOverTCP(t *testing.T) {
 	}
 	release := make(chan struct{})
 	never := deaf(release)
-	g := mustGuard(t, "server: {drain: {announce: 0s, grace: 0s, cut: 300ms}}", interceptors.WithSignals())
+	g := mustGuard(t, "server: {drain: {announce: 0s, grace: 0s, cut: 3s}}", interceptors.WithSignals())
 	srv := rpctest.NewServer(&rpctest.Service{
 		Unary: func(ctx context.Context, req *rpctest.Message) (resp *rpctest.Message, err error) {
 			handler(func() { resp, err = never.Unary(ctx, req) })
@@ -288,17 +288,17 @@ func TestCallsThatComeAfterTheCutAreCutToo(t *testing.T) {
 		calls := []*pending{arms[2].start(t.Context(), r.conn, "held")}
 		r.silence(t)
 		r.stop()
-		for _, pause := range []time.Duration{1050 * time.Millisecond, 100 * time.Millisecond} {
+		for _, pause := range []time.Duration{1050 * time.Millisecond, 600 * time.Millisecond} {
 			pass(pause)
 			calls = append(calls, arms[3].start(t.Context(), r.conn, "late"))
 		}
 		_, err := r.wait()
-		const want = "interceptors: the drain cut 3 calls: /test.v1.Test/Unary (age 1s, peer bufconn), /test.v1.Test/Bidi (age 850ms, peer bufconn), /test.v1.Test/Bidi (age 50ms, peer bufconn)"
+		const want = "interceptors: the drain cut 3 calls: /test.v1.Test/Unary (age 1s, peer bufconn), /test.v1.Test/Bidi (age 450ms, peer bufconn), /test.v1.Test/Bidi (age 350ms, peer bufconn)"
 		if fmt.Sprint(err) != want {
 			t.Errorf("Serve returned %v, want\n%s", err, want)
 		}
 		synctest.Wait()
-		for i, after := range []time.Duration{time.Second, 50 * time.Millisecond, 850 * time.Millisecond} {
+		for i, after := range []time.Duration{time.Second, 450 * time.Millisecond, 350 * time.Millisecond} {
 			if got := calls[i].result(); got.took != after {
 				t.Errorf("call %d ended after %v, want %v", i, got.took, after)
 			} else {

@@ -327,6 +327,7 @@ func TestCase33_StuckStreamsAreCutInTime(t *testing.T) {
 					}
 				}
 			},
+			lasts: 21 * time.Second, // its connection is closed
 		},
 		"ignores its context": {
 			handler: func(grpc.ServerStream) error {

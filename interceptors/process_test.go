@@ -399,7 +399,8 @@ func TestCase34_SIGINTComesAndContextEnds(t *testing.T) {
 }
 
 func TestCase34_SIGTERMIsRepeatedInEachPhase(t *testing.T) {
-	p := startProcess(t, "127.0.0.1:0", "", "server: {drain: {announce: 200ms, grace: 200ms, cut: 200ms}}")
+	t.Parallel()
+	p := startProcess(t, "127.0.0.1:0", "", "server: {drain: {announce: 200ms, grace: 200ms, cut: 2s}}")
 	call := p.begin(dialProcess(t, p.addr), "stuck")
 	for _, phase := range []string{"announce", "grace", "cut"} {
 		p.signal(syscall.SIGTERM)
@@ -455,7 +456,8 @@ func TestCase32_HealthWatchOverTCP(t *testing.T) {
 }
 
 func TestCase33_StuckStreamsOverTCP(t *testing.T) {
-	p := startProcess(t, "127.0.0.1:0", "", "server: {drain: {announce: 0s, grace: 200ms, cut: 300ms}}")
+	t.Parallel()
+	p := startProcess(t, "127.0.0.1:0", "", "server: {drain: {announce: 0s, grace: 200ms, cut: 3s}}")
 	streams := map[string]grpc.ClientStream{}
 	for _, a := range []struct {
 		text, method string

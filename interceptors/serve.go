@@ -188,7 +188,8 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv server, j *journ
 	}
 
 	g.enter(cutting, j)
-	over := g.now() + g.drain.policy.Load().Cut
+	limit := g.drain.policy.Load().Cut
+	over := g.now() + limit
 	var calls []runningCall
 	cut := func(strangers bool) {
 		found := g.cutCalls(srv, strangers)
@@ -200,7 +201,7 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv server, j *journ
 		j.log(slog.LevelWarn, "drain closes connections that are not done: a client does not read its answers, or a handshake hangs")
 	}
 	if slices.ContainsFunc(calls, func(c runningCall) bool { return c.told }) {
-		complete = wait(context.Background(), min(flushTime, over-g.now()), ended)
+		complete = wait(context.Background(), min(flushTime, limit/2), ended)
 	}
 	if !complete {
 		cut(false)    // what has come since
