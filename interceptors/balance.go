@@ -188,10 +188,10 @@ func (b *balancing) dialOption(reloading *sync.Mutex) grpc.DialOption {
 
 // lookAtConfig warns, once a target, when a channel has another service config than the
 // guard's: the resolver's wins over a default one, and the last default one over those
-// before. It is called after calls; a channel that has been looked at costs two loads.
+// before. It is called after calls; a channel that has been looked at costs a load.
 func (g *Guard) lookAtConfig(cc *grpc.ClientConn) {
 	b := &g.balancing
-	if !b.on.Load() || cc == nil || b.looked.Load() == cc || cc.GetState() != connectivity.Ready {
+	if cc == nil || b.looked.Load() == cc || cc.GetState() != connectivity.Ready {
 		return
 	}
 	b.looked.Store(cc)

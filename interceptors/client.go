@@ -43,7 +43,9 @@ func nilGuardStatus() error {
 }
 
 func (g *Guard) unaryClient(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoker grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	defer g.lookAtConfig(cc)
+	if g.balancing.on.Load() {
+		defer g.lookAtConfig(cc)
+	}
 	m := g.client.lookup(cc, method)
 	if m == nil {
 		return invoker(ctx, method, req, reply, cc, opts...)
@@ -102,7 +104,9 @@ func (c *call) withTimeout(ctx context.Context) (context.Context, context.Cancel
 
 func (g *Guard) streamClient(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, streamer grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
 	m := g.client.lookup(cc, method)
-	defer g.lookAtConfig(cc)
+	if g.balancing.on.Load() {
+		defer g.lookAtConfig(cc)
+	}
 	if g.balancing.balanced.Load() {
 		b := balance.NewStream(ctx, desc.ClientStreams)
 		if ctx = b; desc.ClientStreams {
