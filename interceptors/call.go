@@ -87,20 +87,27 @@ func (c *call) admit(ctx context.Context, now time.Duration) error {
 	}
 	// Last, because a half-open probe must not wait for anything.
 	if m.breaker != nil {
-		acquired := false
-		defer func() { // also when the logger calls runtime.Goexit
-			if !acquired {
-				c.release()
-			}
-		}()
-		ticket, retry, ok := m.breaker.Acquire(now)
-		if !ok {
-			return c.reject(ReasonBreakerOpen, m.policy.Breaker.Rule, retry)
+		if err := c.acquire(now); err != nil {
+			return err
 		}
-		c.ticket, acquired = ticket, true
 	}
 	m.counts.admitted.Add(1)
 	c.start = now
+	return nil
+}
+
+// acquire asks the breaker, when the other gates have said yes.
+func (c *call) acquire(now time.Duration) error {
+	acquired := false
+	defer func() { // also when the logger calls runtime.Goexit
+		if !acquired {
+			c.release()
+		}
+	}()
+	var retry time.Duration
+	if c.ticket, retry, acquired = c.gates.breaker.Acquire(now); !acquired {
+		return c.reject(ReasonBreakerOpen, c.gates.policy.Breaker.Rule, retry)
+	}
 	return nil
 }
 
@@ -113,6 +120,10 @@ func (c *call) release() {
 // end judges how the call ended and is done, even if a classifier calls
 // runtime.Goexit.
 func (c *call) end(ctx context.Context, e *ending) (out Outcome) {
+	if e.err == nil && !e.unwound && ctx.Err() == nil { // the usual end: nobody need be asked
+		c.done(Success, breaker.Success)
+		return Success
+	}
 	out = Failure
 	defer func() { c.done(out, e.result(ctx, out)) }()
 	out = c.judge(ctx, e)

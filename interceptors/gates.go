@@ -68,12 +68,37 @@ type side struct {
 	side  Side
 	rules atomic.Pointer[policy.Table] // replaced under mu
 
-	targets atomic.Pointer[map[string]*target] // by the name it was dialled with; copied on write
+	targets atomic.Pointer[targets] // copied on write
 
 	mu        sync.Mutex // guards writes to targets and everything below
 	states    int
 	lastSweep time.Duration
 	recording bool // new gates get a recorder
+}
+
+// targets are known by the name that they were dialled with; they do not change.
+type targets struct {
+	byName map[string]*target
+	only   *target // if there is but one, as on a server and most clients
+	name   string  // of only
+}
+
+func newTargets(byName map[string]*target) *targets {
+	ts := &targets{byName: byName}
+	if len(byName) == 1 {
+		for ts.name, ts.only = range byName {
+		}
+	}
+	return ts
+}
+
+// find returns nil if there is no such target. To compare with one name takes a fifth of
+// the time of a look into a map, which is a tenth of what a guard adds to a call.
+func (ts *targets) find(dialled string) *target {
+	if ts.only != nil && ts.name == dialled {
+		return ts.only
+	}
+	return ts.byName[dialled]
 }
 
 // target is one canonical target of client channels, or the server itself.
@@ -96,7 +121,7 @@ type shared struct {
 func newSide(g *Guard, s Side, rules *policy.Table) *side {
 	sd := &side{guard: g, side: s}
 	sd.rules.Store(rules)
-	sd.targets.Store(&map[string]*target{})
+	sd.targets.Store(newTargets(map[string]*target{}))
 	return sd
 }
 
@@ -106,7 +131,7 @@ func (s *side) lookup(cc *grpc.ClientConn, method string) *gates {
 	if cc != nil {
 		dialled = cc.Target()
 	}
-	if t := (*s.targets.Load())[dialled]; t != nil {
+	if t := s.targets.Load().find(dialled); t != nil {
 		if m := (*t.methods.Load())[method]; m != nil {
 			return m.gates.Load()
 		}
@@ -167,7 +192,7 @@ func (s *side) add(cc *grpc.ClientConn, dialled, method string) (m *gates, err e
 // that spell one target in different ways share it. Beyond the cap, targets
 // share one.
 func (s *side) targetLocked(cc *grpc.ClientConn, dialled string) *target {
-	all := *s.targets.Load()
+	all := s.targets.Load().byName
 	if t := all[dialled]; t != nil {
 		return t
 	}
@@ -191,7 +216,7 @@ func (s *side) targetLocked(cc *grpc.ClientConn, dialled string) *target {
 		t = &target{name: name, overflow: map[string]*state{}, shared: map[int]*shared{}}
 		t.methods.Store(&map[string]*state{})
 	}
-	s.targets.Store(with(all, dialled, t))
+	s.targets.Store(newTargets(*with(all, dialled, t)))
 	return t
 }
 
@@ -363,16 +388,16 @@ func (s *side) sweepLocked(now time.Duration) {
 			s.states += len(*t.methods.Load())
 		}
 	}
-	kept := maps.Clone(*s.targets.Load())
+	kept := maps.Clone(s.targets.Load().byName)
 	maps.DeleteFunc(kept, func(_ string, t *target) bool { return idle[t] })
-	s.targets.Store(&kept)
+	s.targets.Store(newTargets(kept))
 }
 
 // distinctLocked returns the side's targets: one may be known under several names.
 func (s *side) distinctLocked() []*target {
 	var all []*target
 	seen := map[*target]bool{}
-	for _, t := range *s.targets.Load() {
+	for _, t := range s.targets.Load().byName {
 		if !seen[t] {
 			seen[t] = true
 			all = append(all, t)

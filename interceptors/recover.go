@@ -34,14 +34,16 @@ func newRecovers(g *Guard) recovers {
 	}
 }
 
-// goexited, deferred, answers for a handler or a callback that called
-// runtime.Goexit: nobody else would. The status is deferred, because the panic
-// handler may call it too.
-func (g *Guard) goexited(ctx context.Context, method string, returned *bool) {
+// leave, deferred, is the end of a call on the server. It answers for a handler or a
+// callback that called runtime.Goexit: nobody else would. The status is deferred,
+// because the panic handler may call it too.
+func (g *Guard) leave(ctx context.Context, rec *record, returned *bool) {
 	if *returned {
+		rec.end()
 		return
 	}
-	err := newPanicError(method)
+	defer rec.end()
+	err := newPanicError(*rec.method)
 	defer writeStatus(ctx, err.GRPCStatus())
 	g.report(ctx, err, ErrGoexit)
 }

@@ -40,9 +40,8 @@ func (g *Guard) StreamServerInterceptor() grpc.StreamServerInterceptor {
 func (g *Guard) unaryServer(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	now := g.now()
 	rec := g.inflight.begin(ctx, &info.FullMethod, now, nil)
-	defer rec.end()
 	returned := false
-	defer g.goexited(ctx, info.FullMethod, &returned)
+	defer g.leave(ctx, rec, &returned)
 	resp, err := g.guardUnary(ctx, now, req, info, handler)
 	returned = true
 	return resp, err
@@ -76,9 +75,8 @@ func (g *Guard) streamServer(srv any, ss grpc.ServerStream, info *grpc.StreamSer
 	ctx, now := ss.Context(), g.now()
 	s := &serverStream{ServerStream: ss, ctx: ctx}
 	rec := g.inflight.begin(ctx, &info.FullMethod, now, &s.wire)
-	defer rec.end()
 	returned := false
-	defer g.goexited(ctx, info.FullMethod, &returned)
+	defer g.leave(ctx, rec, &returned)
 	err := g.guardStream(ctx, now, srv, s, info, handler)
 	returned = true
 	return err
