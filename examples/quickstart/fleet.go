@@ -21,7 +21,7 @@ import (
 // The sections on what clients lose when a server is restarted and when one
 // crashes, with another beside it.
 
-// fleet is several servers of the shop and a client that calls them in turn. The
+// fleet is several servers of the shop and a client of them all. The
 // client is told of a server when that listens, and of its end when it has
 // ended: later than a name service would.
 type fleet struct {
@@ -46,18 +46,18 @@ var inTurn = grpc.WithDefaultServiceConfig(`{
 	}]
 }`)
 
-// startFleet starts two servers and a client of theirs.
-func startFleet(ctx context.Context, guard *interceptors.Guard) (f *fleet, err error) {
+// startFleet starts n servers and a client of theirs.
+func startFleet(ctx context.Context, guard *interceptors.Guard, n int, opts ...grpc.DialOption) (f *fleet, err error) {
 	f = &fleet{names: manual.NewBuilderWithScheme(fleetScheme)}
 	defer func() {
 		if err != nil {
 			f.close()
 		}
 	}()
-	if f.client, err = dial(guard, fleetScheme+":///shop", grpc.WithResolvers(f.names), inTurn); err != nil {
+	if f.client, err = dial(guard, fleetScheme+":///shop", append(opts, grpc.WithResolvers(f.names))...); err != nil {
 		return nil, err
 	}
-	for range 2 {
+	for range n {
 		if _, err = f.add(ctx); err != nil {
 			return nil, err
 		}
@@ -130,7 +130,7 @@ func load(ctx context.Context, n int, call func() error) (end func() []error) {
 // rolling replaces both servers under load, as a Deployment with maxSurge 1 and
 // maxUnavailable 0 does: the next one is told to end when a new one answers.
 func (w *walk) rolling(ctx context.Context) (err error) {
-	if w.fleet, err = startFleet(ctx, w.guard); err != nil {
+	if w.fleet, err = startFleet(ctx, w.guard, 2, inTurn); err != nil {
 		return err
 	}
 	f, old := w.fleet, slices.Clone(w.fleet.servers)

@@ -1,8 +1,8 @@
 // Command quickstart shows the whole suite at work in a few seconds: a guarded
 // shop server in a process of its own, a guarded client, real gRPC over TCP on
 // 127.0.0.1, one policy for both. It makes a method fail and heal, overloads
-// limits, crashes handlers, restarts servers and kills one, and counts whether
-// what README promises is true.
+// limits, crashes handlers, restarts servers, kills one, slows a replica down, and
+// counts whether what README promises is true.
 //
 //	go run ./examples/quickstart
 //
@@ -85,7 +85,8 @@ func parse(args []string) (p pace, asJSON bool, err error) {
 
 Starts a guarded shop server as a child process, calls it through a guarded
 client, and counts whether breakers, limits, recovery and the drain keep their
-promises; then it restarts and kills servers of which there are two. Uses 127.0.0.1 only. The exit code is 0 if every claim held, 1 if not.
+promises; then it restarts, slows and kills servers of which there are several. Uses
+127.0.0.1 only. The exit code is 0 if every claim held, 1 if not.
 
 `)
 		flags.PrintDefaults()

@@ -16,15 +16,15 @@ import (
 type progress struct {
 	out      io.Writer
 	terminal bool
-	guard    *interceptors.Guard
 	began    time.Time
 	quit     chan struct{}
 	done     chan struct{}
 
 	mu     sync.Mutex
-	drawn  int               // lines of the table on the screen
-	before map[string]uint64 // by method, calls that had ended when they were last shown
-	at     time.Time         // when that was
+	guard  *interceptors.Guard // guarded by mu
+	drawn  int                 // lines of the table on the screen
+	before map[string]uint64   // by method, calls that had ended when they were last shown
+	at     time.Time           // when that was
 }
 
 func newProgress(out *os.File) *progress {
@@ -43,7 +43,7 @@ func isTerminal(f *os.File) bool {
 
 // watch shows a guard until close.
 func (p *progress) watch(guard *interceptors.Guard) {
-	p.guard = guard
+	p.turnTo(guard)
 	go func() {
 		defer close(p.done)
 		every := time.Second
@@ -61,6 +61,13 @@ func (p *progress) watch(guard *interceptors.Guard) {
 			}
 		}
 	}()
+}
+
+// turnTo shows another guard from now on.
+func (p *progress) turnTo(guard *interceptors.Guard) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.guard, p.before = guard, map[string]uint64{}
 }
 
 func (p *progress) close() {
@@ -92,9 +99,15 @@ func (p *progress) eraser() string {
 }
 
 func (p *progress) show() {
-	snapshot := p.guard.Snapshot() // not under the lock: it may log, and that comes here
+	p.mu.Lock()
+	guard := p.guard
+	p.mu.Unlock()
+	snapshot := guard.Snapshot() // not under the lock: it may log, and that comes here
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if p.guard != guard {
+		return
+	}
 	activities := p.activities(snapshot, time.Now())
 	if p.terminal {
 		p.redraw(activities)

@@ -200,6 +200,7 @@ type condition string
 
 const (
 	up    condition = "up"
+	slow  condition = "slow"  // takes ten times as long
 	down  condition = "down"  // fails
 	stuck condition = "stuck" // does not answer until it is up or down again
 )
@@ -244,8 +245,12 @@ func (b *backend) ask(ctx context.Context) error {
 			return status.FromContextError(ctx.Err()).Err()
 		}
 	}
+	takes := latency
+	if state == slow {
+		takes *= 10
+	}
 	select {
-	case <-time.After(latency):
+	case <-time.After(takes):
 	case <-ctx.Done():
 		return status.FromContextError(ctx.Err()).Err()
 	}

@@ -24,6 +24,7 @@ type walk struct {
 	client *client
 	fleet  *fleet
 
+	show    *progress
 	rows    []row
 	opening time.Time // not later than when the breaker of Place opened
 }
@@ -45,6 +46,7 @@ func walkThrough(ctx context.Context, policy *resiliencev1.Policy, p pace, shop 
 
 func (w *walk) all(ctx context.Context, out *os.File) (err error) {
 	show := newProgress(out)
+	w.show = show
 	w.guard, err = interceptors.New(w.policy,
 		interceptors.WithLogger(slog.New(slog.NewTextHandler(show, withoutTime))),
 		interceptors.WithFallback(search, noOrders))
@@ -75,6 +77,7 @@ func (w *walk) all(ctx context.Context, out *os.File) (err error) {
 		{"SIGTERM with calls in flight", w.drain},
 		{"Two servers are replaced, one after the other, under load", w.rolling},
 		{"One of two servers is killed with calls in flight", w.crash},
+		{"One of three replicas turns slow, then it is killed", w.replicas},
 	} {
 		show.step(fmt.Sprintf("%d %s", i+1, s.title))
 		if err := s.walk(ctx); err != nil {
