@@ -58,12 +58,13 @@ func (l listening) at(local net.Addr) bool {
 }
 
 // listen makes known where a server listens.
-func (d *drain) listen(srv server, lis []net.Listener) {
+func (d *drain) listen(ls *listeners) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, l := range lis {
-		d.listeners = append(d.listeners, listening{l.Addr(), srv})
+	for _, l := range ls.all {
+		d.listeners = append(d.listeners, listening{l.Addr(), ls.srv})
 	}
+	d.workers = append(d.workers, ls.workers)
 }
 
 // serverOf returns the server that a call came to, which gRPC does not tell its
@@ -158,30 +159,63 @@ func cutError(calls []runningCall) error {
 	return fmt.Errorf("interceptors: the drain cut %d calls: %s", len(calls), strings.Join(lines, ", "))
 }
 
-// journal logs a drain, in order, on a goroutine of its own: a logger that hangs,
-// perhaps because nobody reads from its pipe, must not hold the drain up.
+// journal logs a drain, and what Serve's listeners do, in order, on a goroutine of
+// its own: a logger that hangs, perhaps because nobody reads from its pipe, must not
+// hold them up.
 type journal struct {
-	guard *Guard
-	lines chan func()
-	done  chan struct{}
+	guard  *Guard
+	lines  chan func()
+	closed chan struct{}
+	done   chan struct{}
 }
 
 func (g *Guard) newJournal() *journal {
-	j := &journal{guard: g, lines: make(chan func(), 4*maxNamed), done: make(chan struct{})}
+	j := &journal{guard: g, lines: make(chan func(), 4*maxNamed), closed: make(chan struct{}), done: make(chan struct{})}
 	go func() {
 		defer close(j.done)
-		for write := range j.lines {
-			write()
+		for {
+			select {
+			case write := <-j.lines:
+				write()
+			case <-j.closed:
+				for len(j.lines) > 0 {
+					(<-j.lines)()
+				}
+				return
+			}
 		}
 	}()
 	return j
 }
 
 func (j *journal) log(level slog.Level, msg string, attrs ...slog.Attr) {
+	j.write(func() { j.guard.log(level, msg, attrs...) })
+}
+
+// write is for one line. What is written after close may be lost.
+func (j *journal) write(line func()) {
 	select {
-	case j.lines <- func() { j.guard.log(level, msg, attrs...) }:
+	case j.lines <- line:
 	default: // it hangs
 	}
+}
+
+// logger is the guard's, by way of the journal, for those that add no attributes
+// and no groups to it.
+func (j *journal) logger() *slog.Logger {
+	return slog.New(journaled{j.guard.opts.logger.Handler(), j})
+}
+
+type journaled struct {
+	slog.Handler
+	journal *journal
+}
+
+func (h journaled) Handle(ctx context.Context, r slog.Record) error {
+	h.journal.write(func() {
+		h.journal.guard.contain("logger", func() { _ = h.Handler.Handle(ctx, r) })
+	})
+	return nil
 }
 
 func (j *journal) cut(calls []runningCall) {
@@ -196,6 +230,6 @@ func (j *journal) cut(calls []runningCall) {
 
 // close waits for the logger, but not for ever.
 func (j *journal) close() {
-	close(j.lines)
+	close(j.closed)
 	wait(context.Background(), time.Second, j.done)
 }

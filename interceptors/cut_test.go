@@ -219,7 +219,10 @@ func (l addressed) Addr() net.Addr { return l.addr }
 
 func (l addressed) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
-	return addressedConn{c, l.addr}, err
+	if err != nil {
+		return nil, net.ErrClosed
+	}
+	return addressedConn{c, l.addr}, nil
 }
 
 type addressedConn struct {

@@ -1,6 +1,7 @@
 package interceptors
 
 import (
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -11,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/policy"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/supervise"
 )
 
 // phase is how far a drain has come. It only ever grows.
@@ -37,10 +39,11 @@ type drain struct {
 	draining chan struct{} // closed when grace begins
 	askOnce  sync.Once
 
-	mu        sync.Mutex            // guards the fields below, and changes of current
-	began     time.Duration         // when announcing was entered
-	watches   map[*watchStream]bool // health Watch streams
-	listeners []listening           // of Serve
+	mu        sync.Mutex              // guards the fields below, and changes of current
+	began     time.Duration           // when announcing was entered
+	watches   map[*watchStream]bool   // health Watch streams
+	listeners []listening             // of Serve
+	workers   []*supervise.Supervisor // of Serve's listeners
 
 	servers atomic.Int32 // that Serve or Shutdown has not ended
 }
@@ -72,6 +75,13 @@ func (g *Guard) Draining() <-chan struct{} {
 }
 
 func (d *drain) phase() phase { return phase(d.current.Load()) }
+
+// supervisors are those of Serve's listeners.
+func (d *drain) supervisors() []*supervise.Supervisor {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.workers)
+}
 
 // age is how long ago the drain began: with another server, perhaps.
 func (d *drain) age(now time.Duration) time.Duration {

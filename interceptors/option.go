@@ -66,8 +66,8 @@ func (o *options) checkLimiters(s Side, rules []*resiliencev1.MethodPolicy) erro
 	return errors.Join(errs...)
 }
 
-// WithLogger sets where transitions of breakers, panics, drains, reloads and panicking
-// callbacks are logged; nothing is logged per call. Default: slog.Default() as
+// WithLogger sets where transitions of breakers, panics, drains, reloads, listeners of
+// Serve that fail and panicking callbacks are logged; nothing is logged per call. Default: slog.Default() as
 // it is when the guard is made.
 func WithLogger(l *slog.Logger) Option {
 	return optionFunc(func(o *options) error {
@@ -82,6 +82,8 @@ func WithLogger(l *slog.Logger) Option {
 // WithMeterProvider sets the OpenTelemetry provider that the guard's metrics
 // are registered with. Default: the global provider as it is when the guard is
 // made. Counters are read when they are collected; calls pay nothing for them.
+// What resilience.worker.* says of Serve's listeners is registered while they are
+// served (see [supervise.WithMeterProvider]).
 func WithMeterProvider(p metric.MeterProvider) Option {
 	return optionFunc(func(o *options) error {
 		if p == nil {

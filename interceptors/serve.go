@@ -24,10 +24,18 @@ import (
 const handshakeTimeout = 5 * time.Second
 
 // Serve serves srv on the listeners until ctx ends, a signal comes (see
-// WithSignals), Drain is called or a listener fails, then drains as the policy's
+// WithSignals), Drain is called or a listener is given up, then drains as the policy's
 // server.drain says and returns. It registers a health service unless srv has
 // one; so srv must not be serving already: gRPC would end the process. The
-// listeners are closed when it returns.
+// listeners are closed when grace begins.
+//
+// Each listener has a worker of package supervise. One whose Accept fails (with an
+// error that gRPC takes for temporary it tries again itself) is tried again after 100ms,
+// the pause doubling up to 1s; with the sixth failure within a minute it is given up. So is
+// one that was closed, at once: its Accept says net.ErrClosed. In a drain nothing is tried
+// again: the port of a listener that has failed is closed. Connections and calls are
+// not affected by any of this. Snapshot and the metrics resilience.worker.* show how the
+// listeners are.
 //
 // SIGTERM, and the end of ctx, start the full drain: announce, grace, cut.
 // SIGINT skips announce, and a SIGINT during a drain cuts at once; a second
@@ -35,7 +43,7 @@ const handshakeTimeout = 5 * time.Second
 // it may be what ended ctx, by way of signal.NotifyContext.) A signal that comes
 // before Serve is the program's. The error is nil after a drain that cut nothing;
 // otherwise it lists the calls that were cut (the 20 oldest, and how many more there
-// were), and what failed.
+// were), and the listeners that had failed.
 //
 // The client of a call that is cut gets UNAVAILABLE, and its handler's context is
 // cancelled. Handlers that have not ended when cut is over go on without a client,
@@ -45,7 +53,8 @@ const handshakeTimeout = 5 * time.Second
 // A guard drains once, all of its servers together: a drain of one makes every
 // other Serve of the guard drain, and Serve refuses to start after it.
 func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener) error {
-	if err := g.prepare(ctx, srv, lis); err != nil {
+	ls, err := g.prepare(ctx, srv, lis)
+	if err != nil {
 		for _, l := range lis {
 			if l != nil {
 				_ = l.Close()
@@ -53,25 +62,22 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 		}
 		return err
 	}
+	j := ls.journal
+	defer j.close()
 	g.drain.servers.Add(1)
-	g.drain.listen(srv, lis)
+	g.drain.listen(ls)
 	signals := make(chan os.Signal, 8)
 	if len(g.opts.signals) > 0 {
 		signal.Notify(signals, g.opts.signals...)
 		defer signal.Stop(signals)
 	}
-	served := make(chan error, len(lis))
-	for _, l := range lis {
-		go func() { served <- srv.Serve(l) }()
-	}
+	ls.start()
 	cutNow, cut := context.WithCancel(context.Background())
 	defer cut()
 	announced, skip := context.WithCancel(cutNow)
-	j := g.newJournal()
-	defer j.close()
 
-	var failed error
-	alive, patient := len(lis), false
+	var stopped error
+	patient := false
 	select {
 	case <-ctx.Done():
 		j.log(slog.LevelInfo, "drain begins", slog.String("cause", "context ended"))
@@ -83,13 +89,17 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 		}
 	case <-g.drain.asked:
 		j.log(slog.LevelInfo, "drain begins", slog.String("cause", "asked to"))
-	case failed = <-served:
-		j.log(slog.LevelError, "drain begins", slog.String("cause", "a listener stopped"), slog.Any("error", failed))
-		alive--
-		if alive == 0 || failed == nil || errors.Is(failed, grpc.ErrServerStopped) {
+	case err := <-ls.failed:
+		j.log(slog.LevelError, "drain begins", slog.String("cause", "a listener failed"), slog.Any("error", err))
+		if ls.serving() == 0 {
 			skip() // nobody is served who could be told
 		}
+	case stopped = <-ls.stopped:
+		j.log(slog.LevelError, "drain begins", slog.String("cause", "the server was stopped"), slog.Any("error", stopped))
+		skip()
 	}
+	g.drain.ask()
+	ls.closeFailed()
 	go func() {
 		for {
 			select {
@@ -107,16 +117,13 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 			}
 		}
 	}()
-	complete, err := g.shutDown(announced, cutNow, srv, j)
-	if !complete {
-		return errors.Join(failed, err) // Serve of grpc waits for handlers that were abandoned
-	}
-	for ; alive > 0; alive-- {
-		if e := <-served; e != nil && !errors.Is(e, grpc.ErrServerStopped) {
-			failed = errors.Join(failed, e)
-		}
-	}
-	return errors.Join(failed, err)
+	returned, end := context.WithCancel(context.Background())
+	defer end()
+	err = g.shutDown(announced, cutNow, srv, func() {
+		ls.stop(returned)
+		srv.GracefulStop()
+	}, j)
+	return errors.Join(stopped, ls.err(), err)
 }
 
 // Shutdown drains srv as the policy's server.drain says, for those who call
@@ -162,14 +169,13 @@ func (g *Guard) shutDownOne(ctx context.Context, srv server) error {
 	g.drain.servers.Add(1)
 	j := g.newJournal()
 	defer j.close()
-	_, err := g.shutDown(ctx, ctx, srv, j)
-	return err
+	return g.shutDown(ctx, ctx, srv, srv.GracefulStop, j)
 }
 
 // shutDown goes through the phases; the end of announced ends the first, that of
-// cutNow the first and the second. complete says that srv has stopped: of gRPC's
-// servers, every handler has ended.
-func (g *Guard) shutDown(announced, cutNow context.Context, srv server, j *journal) (complete bool, err error) {
+// cutNow the first and the second. gracefulStop is srv's, and what else grace begins
+// with.
+func (g *Guard) shutDown(announced, cutNow context.Context, srv server, gracefulStop func(), j *journal) error {
 	began := g.now()
 	defer func() { g.metrics.drained(g.now() - began) }()
 
@@ -179,12 +185,12 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv server, j *journ
 	g.enter(graceful, j)
 	ended := make(chan struct{})
 	go func() {
-		srv.GracefulStop() // its return, not an in-flight count of 0, is the end
+		gracefulStop() // its return, not an in-flight count of 0, is the end
 		close(ended)
 	}()
 	if wait(cutNow, g.drain.policy.Load().Grace, ended) {
 		g.stopped(j)
-		return true, nil
+		return nil
 	}
 
 	g.enter(cutting, j)
@@ -200,20 +206,21 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv server, j *journ
 	if len(calls) == 0 {
 		j.log(slog.LevelWarn, "drain closes connections that are not done: a client does not read its answers, or a handshake hangs")
 	}
+	complete := false
 	if slices.ContainsFunc(calls, func(c runningCall) bool { return c.told }) {
 		complete = wait(context.Background(), min(flushTime, limit/2), ended)
 	}
 	if !complete {
 		cut(false)    // what has come since
 		go srv.Stop() // waits for handshakes
-		complete = wait(context.Background(), over-g.now(), ended)
+		wait(context.Background(), over-g.now(), ended)
 	}
 	if n := g.running(srv); n > 0 {
 		j.log(slog.LevelError, "drain abandons handlers that ignore their context", slog.Int("calls", n))
 	}
 	cut(false)
 	g.stopped(j)
-	return complete, cutError(calls)
+	return cutError(calls)
 }
 
 func (g *Guard) enter(p phase, j *journal) {
@@ -243,21 +250,21 @@ func wait(ctx context.Context, d time.Duration, ended <-chan struct{}) bool {
 }
 
 // prepare checks what Serve was given, and registers the health service.
-func (g *Guard) prepare(ctx context.Context, srv *grpc.Server, lis []net.Listener) error {
+func (g *Guard) prepare(ctx context.Context, srv *grpc.Server, lis []net.Listener) (*listeners, error) {
 	if err := g.usable(); err != nil {
-		return err
+		return nil, err
 	}
 	switch {
 	case ctx == nil:
-		return errors.New("interceptors: Serve: the context is nil")
+		return nil, errors.New("interceptors: Serve: the context is nil")
 	case srv == nil:
-		return errors.New("interceptors: Serve: the server is nil")
+		return nil, errors.New("interceptors: Serve: the server is nil")
 	case len(lis) == 0:
-		return errors.New("interceptors: Serve: no listener was given")
+		return nil, errors.New("interceptors: Serve: no listener was given")
 	case slices.Contains(lis, nil):
-		return errors.New("interceptors: Serve: a listener is nil")
+		return nil, errors.New("interceptors: Serve: a listener is nil")
 	case g.drain.phase() == stopped:
-		return errors.New("interceptors: Serve: the guard has drained; a new server needs a new guard")
+		return nil, errors.New("interceptors: Serve: the guard has drained; a new server needs a new guard")
 	}
 	g.reloading.Lock()
 	defer g.reloading.Unlock()
@@ -265,10 +272,14 @@ func (g *Guard) prepare(ctx context.Context, srv *grpc.Server, lis []net.Listene
 		healthpb.RegisterHealthServer(srv, health.NewServer())
 	}
 	if err := checkMethods(g.server.rules.Load(), srv); err != nil {
-		return err
+		return nil, err
+	}
+	ls, err := g.newListeners(srv, lis)
+	if err != nil {
+		return nil, err
 	}
 	g.served = append(g.served, srv)
-	return nil
+	return ls, nil
 }
 
 // checkMethods finds methods that the policy names and the server lacks: a

@@ -218,12 +218,15 @@ func TestCase34_SeveralListeners(t *testing.T) {
 func TestAListenerOfAnotherServerFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := serveDrain(t, drainPolicy, &rpctest.Service{})
-		admin := &running{guard: r.guard, srv: rpctest.NewServer(&rpctest.Service{}, r.guard.ServerOptions()...), lis: rpctest.Listen()}
-		admin.serve(t)
+		lis, served := faultyListener(), make(chan error, 1)
+		go func() {
+			served <- r.guard.Serve(t.Context(), rpctest.NewServer(&rpctest.Service{}, r.guard.ServerOptions()...), lis)
+		}()
 		synctest.Wait()
-		_ = admin.lis.Close()
-		if took, err := admin.wait(); err == nil || took != 0 {
-			t.Errorf("the server without a listener: %v after %v", err, took)
+		_ = lis.Close()
+		began := time.Now()
+		if err := <-served; !errors.Is(err, net.ErrClosed) || time.Since(began) != 0 {
+			t.Errorf("the server without a listener: %v after %v", err, time.Since(began))
 		}
 		if err := arms[2].call(t.Context(), r.conn, "new"); err != nil {
 			t.Errorf("a call of the other server: %v", err)
@@ -302,69 +305,6 @@ func TestServeFindsRulesForMethodsThatTheServerLacks(t *testing.T) {
 	if err != nil && strings.Count(err.Error(), "\n") != 2 {
 		t.Errorf("more was found than is wrong:\n%v", err)
 	}
-}
-
-func TestAListenerFails(t *testing.T) {
-	for name, c := range map[string]struct {
-		spare bool          // another listener goes on
-		after time.Duration // when the drain is over
-	}{
-		"the only one":   {false, 3 * time.Second},
-		"one of the two": {true, 8 * time.Second},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				g := mustGuard(t, drainPolicy, interceptors.WithSignals())
-				srv := rpctest.NewServer(bothKinds(func(context.Context, string) error {
-					time.Sleep(8 * time.Second)
-					return nil
-				}), g.ServerOptions()...)
-				failing, spare := rpctest.Listen(), rpctest.Listen()
-				all := []net.Listener{failing}
-				if c.spare {
-					all = append(all, spare)
-				}
-				served := make(chan error, 1)
-				go func() { served <- g.Serve(t.Context(), srv, all...) }()
-				call := hold(t, arms[2], rpctest.Dial(t, failing))
-
-				time.Sleep(5 * time.Second)
-				began := time.Now()
-				_ = failing.Close()
-				synctest.Wait()
-				if c.spare {
-					if err := arms[2].call(t.Context(), rpctest.Dial(t, spare), "new"); err != nil {
-						t.Errorf("a call by way of the other listener: %v", err)
-					}
-				}
-				err := <-served
-				if took := time.Since(began); err == nil || err.Error() != "closed" || took != c.after {
-					t.Errorf("Serve returned %v after %v, want the listener's error after %v", err, took, c.after)
-				}
-				if err := <-call; err != nil {
-					t.Errorf("the call in flight: %v", err)
-				}
-				checkIdle(t, g)
-			})
-		})
-	}
-}
-
-func TestCase37_AListenerThatFailsDuringTheDrain(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g := mustGuard(t, drainPolicy, interceptors.WithSignals())
-		srv := rpctest.NewServer(&rpctest.Service{}, g.ServerOptions()...)
-		failing, spare := rpctest.Listen(), rpctest.Listen()
-		served := make(chan error, 1)
-		go func() { served <- g.Serve(t.Context(), srv, failing, spare) }()
-		g.Drain()
-		synctest.Wait()
-		began := time.Now()
-		_ = failing.Close()
-		if err := <-served; err == nil || err.Error() != "closed" || time.Since(began) != 5*time.Second {
-			t.Errorf("Serve returned %v after %v, want the listener's error after 5s", err, time.Since(began))
-		}
-	})
 }
 
 func TestTheServerIsStoppedBySomebodyElse(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/grpc-resilience/grpc-resilience/interceptors/internal/breaker"
+	"github.com/grpc-resilience/grpc-resilience/interceptors/supervise"
 )
 
 // Snapshot is the state of a guard at one time: each gate's values belong
@@ -18,6 +19,10 @@ type Snapshot struct {
 	// Endpoints are those of living channels with client.load_balancing, sorted by target
 	// and address; two channels that have the same one are two entries.
 	Endpoints []EndpointSnapshot `json:"endpoints,omitempty"`
+
+	// Listeners are the workers of those that Serve was given, by network and address:
+	// "listener tcp 127.0.0.1:8080"; they have stopped once grace has begun.
+	Listeners []supervise.WorkerSnapshot `json:"listeners,omitempty"`
 }
 
 // EndpointSnapshot is what a channel knows of one of its endpoints.
@@ -112,6 +117,9 @@ func (g *Guard) Snapshot() Snapshot {
 		return cmp.Or(cmp.Compare(a.Side, b.Side), cmp.Compare(a.Target, b.Target), cmp.Compare(a.Method, b.Method))
 	})
 	s.Endpoints = g.endpoints()
+	for _, w := range g.drain.supervisors() {
+		s.Listeners = append(s.Listeners, w.Snapshot()...)
+	}
 	return s
 }
 

@@ -4,11 +4,18 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"net"
 	"runtime"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/grpc-resilience/grpc-resilience/interceptors"
 	"github.com/grpc-resilience/grpc-resilience/interceptors/supervise"
 )
 
@@ -164,4 +171,43 @@ func TestWorkersAreCollectedWhileTheyLive(t *testing.T) {
 		})
 		group.Wait()
 	}
+}
+
+// What a Prometheus server sees of the listeners of Serve.
+func TestListenerMetrics(t *testing.T) {
+	scraper, provider := newProvider(t)
+	guard := mustGuard(t, "server: {drain: {announce: 0s}}", interceptors.WithMeterProvider(provider), interceptors.WithSignals())
+	lis := brokenOnce{bufconn.Listen(1), new(atomic.Bool)}
+	served := make(chan error, 1)
+	go func() { served <- guard.Serve(t.Context(), grpc.NewServer(guard.ServerOptions()...), lis) }()
+	for len(guard.Snapshot().Listeners) == 0 || guard.Snapshot().Listeners[0].Restarts == 0 {
+		runtime.Gosched()
+	}
+	const name = "listener bufconn bufconn"
+	scraper.scrape().expect(t, samples{
+		"resilience_worker_restarts_total" + worker(name, "cause", "error"): 1,
+		"resilience_worker_panics_total" + worker(name):                     0,
+		"resilience_worker_state" + worker(name, "state", "running"):        1,
+		"resilience_worker_state" + worker(name, "state", "backing_off"):    0,
+	})
+	guard.Drain()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	if got := scraper.text(); strings.Contains(got, name) {
+		t.Errorf("after Serve:\n%s", got)
+	}
+}
+
+// brokenOnce is a listener whose first Accept fails.
+type brokenOnce struct {
+	*bufconn.Listener
+	failed *atomic.Bool
+}
+
+func (l brokenOnce) Accept() (net.Conn, error) {
+	if !l.failed.Swap(true) {
+		return nil, errors.New("asked to")
+	}
+	return l.Listener.Accept()
 }
