@@ -383,6 +383,28 @@ func TestCase33_AnswersThatAreNotRead(t *testing.T) {
 	})
 }
 
+// A unary handler is called when its request is there, so the guard does not know of
+// this call: no error names it, but the log says that connections were closed.
+func TestCase33_ARequestThatIsNotSent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log := new(drainLog)
+		r := serveDrain(t, drainPolicy, &rpctest.Service{}, log.option())
+		s, err := r.conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, rpctest.Unary)
+		if err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		r.stop()
+		r.end(t, 20*time.Second)
+		if want := `or does not send its request`; strings.Count(log.String(), want) != 1 {
+			t.Errorf("the log lacks %s:\n%v", want, log)
+		}
+		if err := s.RecvMsg(new(rpctest.Message)); status.Code(err) != codes.Unavailable {
+			t.Errorf("the client has %v", err)
+		}
+	})
+}
+
 func TestDrainAbandonsHandlersThatIgnoreTheirContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		log, release := new(drainLog), make(chan struct{})

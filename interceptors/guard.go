@@ -187,8 +187,8 @@ func (g *Guard) HystrixName(s Side, target, method string) string {
 }
 
 // Close ends what the guard started: its metrics are no longer collected (what
-// histograms and resilience.drain.aborted have recorded stays with the provider), and
-// its Hystrix streams end. Calls
+// histograms and resilience.drain.aborted have recorded stays with the provider; what is
+// said of Serve's listeners ends with Serve), and its Hystrix streams end. Calls
 // through the guard go on and are still guarded; Serve and Shutdown refuse to
 // start. Closing again does nothing and returns the first result.
 func (g *Guard) Close() error {

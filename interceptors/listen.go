@@ -36,6 +36,7 @@ type listeners struct {
 	asked   <-chan struct{} // closed when a drain begins: nothing is tried again
 	failed  chan error      // gets why the first listener was given up
 	stopped chan error      // gets what gRPC returns when somebody else has stopped srv
+	closing atomic.Bool     // the drain closes them: what they say is no failure
 }
 
 // listener is a listener as gRPC sees it.
@@ -74,10 +75,7 @@ func (g *Guard) newListeners(srv *grpc.Server, lis []net.Listener) (*listeners, 
 // nameOf names a listener's worker, so that supervise takes the name.
 func (ls *listeners) nameOf(l net.Listener) string {
 	const most = 90
-	name := "listener"
-	if a := l.Addr(); a != nil {
-		name = fmt.Sprintf("listener %s %s", a.Network(), a)
-	}
+	name := fmt.Sprintf("listener %s %s", l.Addr().Network(), l.Addr())
 	runes := []rune(strings.ToValidUTF8(name, "?"))
 	for i, r := range runes {
 		if !unicode.IsPrint(r) {
@@ -126,7 +124,7 @@ func (ls *listeners) serve(l *listener) (err error) {
 		}
 	}()
 	switch err := ls.srv.Serve(l); {
-	case err == nil, errors.Is(err, grpc.ErrServerStopped), l.closed.Load():
+	case err == nil, errors.Is(err, grpc.ErrServerStopped), ls.closing.Load():
 		ls.stopped <- err
 		return nil
 	case errors.Is(err, net.ErrClosed):
@@ -170,9 +168,11 @@ func (ls *listeners) closeFailed() {
 	}
 }
 
-// stop closes them, and waits until nothing is accepted any more; or, when somebody
-// else stops srv at the same time, until that has ended. The end of ctx ends the wait.
+// stop closes them, and waits until nothing is accepted any more: at once, or up to 1s
+// later if gRPC waits after a temporary error; or, when somebody else stops srv at the
+// same time, until that has ended. The end of ctx ends the wait.
 func (ls *listeners) stop(ctx context.Context) {
+	ls.closing.Store(true)
 	for _, l := range ls.all {
 		_ = l.close() // fails if it was closed
 	}

@@ -373,3 +373,78 @@ func TestListenersAreNamedByTheirAddresses(t *testing.T) {
 		}
 	})
 }
+
+// sharedListener is two in one, as those that tell protocols apart: closing one
+// closes the other.
+type sharedListener struct{ *faulty }
+
+func (l sharedListener) Close() error {
+	err := l.faulty.Close()
+	time.Sleep(time.Millisecond) // the other has noticed
+	return err
+}
+
+func TestListenersThatCloseEachOther(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lis := sharedListener{faultyListener()}
+		_, stop, served := serveAll(t, &rpctest.Service{}, []net.Listener{lis, lis})
+		stop()
+		if err := <-served; err != nil {
+			t.Errorf("Serve returned %v", err)
+		}
+	})
+}
+
+// hungListener is one whose Accept does not end when it is closed, or whose Close
+// does not end.
+type hungListener struct {
+	*bufconn.Listener
+	accept, close <-chan struct{}
+}
+
+func (l hungListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		<-l.accept
+	}
+	return c, err
+}
+
+func (l hungListener) Close() error {
+	<-l.close
+	return l.Listener.Close()
+}
+
+// gRPC's GracefulStop and Stop wait for them for ever.
+func TestAListenerThatHangsDoesNotHoldUpTheDrain(t *testing.T) {
+	for name, hangs := range map[string]struct{ accept, close bool }{
+		"Accept": {true, false},
+		"Close":  {false, true},
+		"both":   {true, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				released, release := make(chan struct{}), make(chan struct{})
+				close(released)
+				lis := hungListener{rpctest.Listen(), released, released}
+				if hangs.accept {
+					lis.accept = release
+				}
+				if hangs.close {
+					lis.close = release
+				}
+				g, stop, served := serveAll(t, stuck(), []net.Listener{lis})
+				call := hold(t, arms[2], rpctest.Dial(t, lis.Listener))
+				stop()
+				began := time.Now()
+				if err := <-served; time.Since(began) != 25*time.Second || err == nil || !strings.Contains(err.Error(), "cut 1 calls") {
+					t.Errorf("Serve returned %v after %v", err, time.Since(began))
+				}
+				wantCut(t, "the call", <-call)
+				close(release)
+				synctest.Wait()
+				checkIdle(t, g)
+			})
+		})
+	}
+}

@@ -204,7 +204,7 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv server, graceful
 	}
 	cut(true)
 	if len(calls) == 0 {
-		j.log(slog.LevelWarn, "drain closes connections that are not done: a client does not read its answers, or a handshake hangs")
+		j.log(slog.LevelWarn, "drain closes connections that are not done: a client does not read its answers or does not send its request, or a handshake hangs")
 	}
 	complete := false
 	if slices.ContainsFunc(calls, func(c runningCall) bool { return c.told }) {
@@ -263,6 +263,8 @@ func (g *Guard) prepare(ctx context.Context, srv *grpc.Server, lis []net.Listene
 		return nil, errors.New("interceptors: Serve: no listener was given")
 	case slices.Contains(lis, nil):
 		return nil, errors.New("interceptors: Serve: a listener is nil")
+	case slices.ContainsFunc(lis, func(l net.Listener) bool { return l.Addr() == nil }): // gRPC would panic
+		return nil, errors.New("interceptors: Serve: a listener has no address")
 	case g.drain.phase() == stopped:
 		return nil, errors.New("interceptors: Serve: the guard has drained; a new server needs a new guard")
 	}

@@ -287,6 +287,10 @@ func TestServeRefusesBadInput(t *testing.T) {
 		lis := rpctest.Listen()
 		wantServeError(t, guard.Serve(t.Context(), grpc.NewServer(), lis, nil), lis, "a listener is nil")
 	})
+	t.Run("no address", func(t *testing.T) {
+		lis := rpctest.Listen()
+		wantServeError(t, guard.Serve(t.Context(), grpc.NewServer(), namedListener{Listener: lis}), lis, "a listener has no address")
+	})
 	if got := phaseOf(guard); got != "serving" {
 		t.Errorf("what was refused changed the phase to %s", got)
 	}

@@ -162,14 +162,13 @@ func TestLoggerThatIsBroken(t *testing.T) {
 			if n := goroutines(); n != before || runs.Load() != 1 {
 				t.Errorf("%d goroutines, were %d, %d runs", n, before, runs.Load())
 			}
-			stopped := make(chan error, 1)
-			go func() { stopped <- s.Stop(t.Context()) }()
-			time.Sleep(time.Minute)
+			began := time.Now()
+			if err := s.Stop(t.Context()); err == nil || !strings.Contains(err.Error(), "abandoned") || time.Since(began) != 6*time.Second {
+				t.Errorf("Stop: %v after %v, want 5s for the worker and 1s for the logger", err, time.Since(began))
+			}
 			wantState(t, s, supervise.Abandoned)
 			close(stuck)
-			if err := <-stopped; err == nil || !strings.Contains(err.Error(), "abandoned") {
-				t.Errorf("Stop: %v", err)
-			}
+			synctest.Wait()
 			wantState(t, s, supervise.Failed)
 		})
 	})

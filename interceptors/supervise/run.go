@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync"
 	"time"
 )
 
@@ -159,7 +160,7 @@ func (w *worker) restart() {
 
 // stop ends the worker for Stop, which ctx bounds, and returns what there is to
 // tell of it.
-func (w *worker) stop(ctx context.Context) error {
+func (w *worker) stop(ctx context.Context, logs *sync.WaitGroup) error {
 	s := w.supervisor
 	w.cancel()
 	s.mu.Lock()
@@ -170,7 +171,7 @@ func (w *worker) stop(ctx context.Context) error {
 	if wait(ctx, w.done, timer.C) || !w.abandon() {
 		return w.stopErr
 	}
-	s.log(slog.LevelError, "worker abandoned", slog.String("worker", w.Name))
+	logs.Go(func() { s.log(slog.LevelError, "worker abandoned", slog.String("worker", w.Name)) })
 	if ctx.Err() != nil {
 		return fmt.Errorf("supervise: worker %q had not stopped when the context ended: abandoned", w.Name)
 	}

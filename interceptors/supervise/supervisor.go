@@ -123,7 +123,7 @@ func (s *Supervisor) Run(ctx context.Context) error {
 // waits until it has ended, but for its StopTimeout at most, before it turns to the
 // next. When ctx ends it waits no longer, and tells those that are left all at
 // once. A worker that backs off ends at once. From the moment Stop is called no
-// worker is restarted and none escalates.
+// worker is restarted and none escalates. A logger that hangs has up to 1s more.
 //
 // A worker that has not ended in time is abandoned: it keeps its goroutine and is
 // named in the error, and Snapshot shows it so until it ends. The error also has
@@ -156,10 +156,17 @@ func (s *Supervisor) Stop(ctx context.Context) error {
 	}
 	defer close(s.stopped)
 	var errs []error
+	var logs sync.WaitGroup // not in line: a logger that hangs must not hold up the others
 	for _, w := range slices.Backward(s.workers) {
-		errs = append(errs, w.stop(ctx))
+		errs = append(errs, w.stop(ctx, &logs))
 	}
 	errs = append(errs, s.registration.Unregister())
+	logged := make(chan struct{})
+	go func() {
+		logs.Wait()
+		close(logged)
+	}()
+	wait(context.Background(), logged, time.After(time.Second))
 	s.stopErr = errors.Join(errs...)
 	return s.stopErr
 }
