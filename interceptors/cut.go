@@ -109,6 +109,13 @@ func (g *Guard) running(srv server) int {
 	return n
 }
 
+// handling reports whether calls are in flight that surely came to a server.
+func (g *Guard) handling(srv server) bool {
+	found := false
+	g.eachOf(srv, func(_ *record, known bool) bool { found = found || known; return false })
+	return found
+}
+
 // cutCalls returns those calls that it has not returned yet, in no order, and
 // writes their status. Those whose server is not known are left alone, and
 // returned only with strangers.

@@ -109,13 +109,17 @@ func TestShutdownHTTPCuts(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), patience)
 				defer cancel()
 				err = g.ShutdownHTTP(ctx, web)
-				want := min(patience, 20*time.Second)
+				want := min(patience, 20*time.Second) + 5*time.Second // the handlers are deaf
 				if took := time.Since(began); took.Truncate(time.Second) != want || err == nil || !strings.Contains(err.Error(), "cut 4 calls") {
 					t.Errorf("ShutdownHTTP returned %v after %v, want 4 calls after %v", err, took, want)
 				}
 				synctest.Wait()
 				for i, call := range calls {
-					wantCut(t, kinds[i].name, call.result().err)
+					end := call.result()
+					wantCut(t, kinds[i].name, end.err)
+					if end.took != want-5*time.Second {
+						t.Errorf("%s: told after %v", kinds[i].name, end.took)
+					}
 				}
 				if err := rpctest.Send(stream, "on"); err != nil {
 					t.Error(err)
@@ -127,6 +131,67 @@ func TestShutdownHTTPCuts(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Handlers have until the end of cut, and those whose client has gone until then or the
+// end of grace, as those of gRPC's own transport.
+func TestShutdownHTTPWaitsForHandlers(t *testing.T) {
+	for name, c := range map[string]struct {
+		gone bool // the client, in grace
+		want time.Duration
+		err  string
+	}{
+		"cut":                 {false, 22 * time.Second, "cut 1 calls"},
+		"the client has gone": {true, 9 * time.Second, "<nil>"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				g := mustGuard(t, drainPolicy)
+				web, lis := serveWeb(t, g, bothKinds(func(ctx context.Context, _ string) error {
+					<-ctx.Done()
+					time.Sleep(2 * time.Second) // it tidies up
+					return ctx.Err()
+				}))
+				conn := rpctest.Dial(t, lis)
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				call := arms[2].start(ctx, conn, "held")
+				if c.gone {
+					time.AfterFunc(7*time.Second, func() { _ = conn.Close() })
+				}
+				began := time.Now()
+				err := g.ShutdownHTTP(t.Context(), web)
+				if took := time.Since(began); took.Truncate(time.Second) != c.want || !strings.Contains(fmt.Sprint(err), c.err) {
+					t.Errorf("ShutdownHTTP returned %v after %v, want %s after %v", err, took, c.err, c.want)
+				}
+				checkIdle(t, g)
+				synctest.Wait()
+				call.result()
+			})
+		})
+	}
+}
+
+// Calls of another server, even if nobody knows of which, are not this one's to wait for.
+func TestShutdownHTTPDoesNotWaitForOtherServers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := mustGuard(t, drainPolicy)
+		web, _ := serveWeb(t, g, &rpctest.Service{})
+		srv, lis, served := rpctest.NewServer(stuck(), g.ServerOptions()...), rpctest.Listen(), make(chan error, 1)
+		go func() { served <- srv.Serve(lis) }()
+		call := hold(t, arms[2], rpctest.Dial(t, lis))
+		began := time.Now()
+		if err := g.ShutdownHTTP(t.Context(), web); err != nil || time.Since(began) != 5*time.Second {
+			t.Errorf("ShutdownHTTP returned %v after %v", err, time.Since(began))
+		}
+		srv.Stop()
+		<-call
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+		synctest.Wait()
+		checkIdle(t, g)
+	})
 }
 
 // An http.Server may have other requests, too: they are not named, but do not last.

@@ -143,15 +143,15 @@ func (g *Guard) Shutdown(ctx context.Context, srv *grpc.Server) error {
 	case srv == nil:
 		return errors.New("interceptors: Shutdown: the server is nil")
 	}
-	return g.shutDownOne(ctx, srv)
+	return g.shutDownOne(ctx, srv, srv.GracefulStop)
 }
 
 // ShutdownHTTP is Shutdown for gRPC calls that come by way of an http.Server, whose
 // handler calls grpc.Server.ServeHTTP. In place of gRPC's GracefulStop, which would
 // cut them, it calls srv.Shutdown when grace begins, and srv.Close for what still
-// runs when grace is over; the clients of calls get UNAVAILABLE before. srv's other
-// requests end with the drain, too, but are not named. The grpc.Server itself needs
-// no Shutdown.
+// runs when grace is over; the clients of calls get UNAVAILABLE before. As Shutdown
+// it waits for handlers whose client has gone. srv's other requests end with the drain,
+// too, but are neither named nor waited for. The grpc.Server itself needs no Shutdown.
 func (g *Guard) ShutdownHTTP(ctx context.Context, srv *http.Server) error {
 	if err := g.usable(); err != nil {
 		return err
@@ -162,14 +162,23 @@ func (g *Guard) ShutdownHTTP(ctx context.Context, srv *http.Server) error {
 	case srv == nil:
 		return errors.New("interceptors: ShutdownHTTP: the server is nil")
 	}
-	return g.shutDownOne(ctx, httpServer{srv})
+	web := httpServer{srv}
+	returned, end := context.WithCancel(context.Background())
+	defer end()
+	return g.shutDownOne(ctx, web, func() {
+		web.GracefulStop()
+		// It waits for connections, not for handlers whose connection has gone.
+		for returned.Err() == nil && g.handling(web) {
+			wait(returned, 10*time.Millisecond, nil)
+		}
+	})
 }
 
-func (g *Guard) shutDownOne(ctx context.Context, srv server) error {
+func (g *Guard) shutDownOne(ctx context.Context, srv server, gracefulStop func()) error {
 	g.drain.servers.Add(1)
 	j := g.newJournal()
 	defer j.close()
-	return g.shutDown(ctx, ctx, srv, srv.GracefulStop, j)
+	return g.shutDown(ctx, ctx, srv, gracefulStop, j)
 }
 
 // shutDown goes through the phases; the end of announced ends the first, that of
