@@ -126,13 +126,12 @@ func (g *Guard) cutCalls(srv server, strangers bool) []runningCall {
 		if r.cut || !known && !strangers {
 			return false
 		}
-		c := r.call(now)
-		c.told = known
-		calls = append(calls, c)
+		calls = append(calls, r.call(now))
 		if !known {
 			return false
 		}
 		r.cut = true
+		g.drain.told.Store(srv, true)
 		// Not in line: a stats handler may hang, an HTTP client not read.
 		go func() {
 			defer r.giveBack()

@@ -283,6 +283,40 @@ func TestTheCutOfOneServerLeavesTheCallsOfAnother(t *testing.T) {
 	}
 }
 
+// Serve twice for one server, or Serve and Shutdown: whichever comes to the cut second
+// finds no calls to tell, and must not close the connections before they were told.
+func TestAServerThatIsDrainedTwiceTellsItsCalls(t *testing.T) {
+	for name, second := range map[string]func(r *running) error{
+		"Serve":    func(r *running) error { return r.guard.Serve(context.Background(), r.srv, rpctest.Listen()) },
+		"Shutdown": func(r *running) error { return r.guard.Shutdown(context.Background(), r.srv) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			for range 20 {
+				synctest.Test(t, func(t *testing.T) {
+					log := new(drainLog)
+					r := serveDrain(t, drainPolicy, stuck(), log.option())
+					calls := []*pending{arms[2].start(t.Context(), r.conn, "held"), arms[3].start(t.Context(), r.conn, "held")}
+					also := make(chan error, 1)
+					go func() { also <- second(r) }()
+					r.stop()
+					_, err := r.wait()
+					if err = errors.Join(err, <-also); err == nil || strings.Count(err.Error(), "(age 20s, peer bufconn)") != 2 {
+						t.Errorf("the two say %v, want each call once", err)
+					}
+					synctest.Wait()
+					for _, call := range calls {
+						wantCut(t, "a call", call.result().err)
+					}
+					if strings.Contains(log.String(), "drain closes connections") {
+						t.Errorf("the log says that connections were closed:\n%v", log)
+					}
+					checkIdle(t, r.guard)
+				})
+			}
+		})
+	}
+}
+
 // Connections that got no GOAWAY, because of a handshake that hangs, bring new
 // calls after the cut: they are cut and named, too.
 func TestCallsThatComeAfterTheCutAreCutToo(t *testing.T) {

@@ -46,6 +46,7 @@ type drain struct {
 	workers   []*supervise.Supervisor // of Serve's listeners
 
 	servers atomic.Int32 // that Serve or Shutdown has not ended
+	told    sync.Map     // of servers: those with calls whose status a cut has begun to write
 }
 
 func (d *drain) init(p policy.Drain) {

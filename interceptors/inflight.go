@@ -50,7 +50,6 @@ type runningCall struct {
 	method string
 	age    time.Duration
 	peer   string
-	told   bool // its client gets a status
 }
 
 // begin enters a call; w is nil for a unary one.

@@ -41,7 +41,7 @@ func TestInflightKnowsMethodAgeAndPeer(t *testing.T) {
 	b := f.begin(from("b"), &place, 3*time.Second, nil)
 	nobody := f.begin(context.Background(), &place, 4*time.Second, nil)
 
-	want := []runningCall{{search, 9 * time.Second, "a", false}, {place, 7 * time.Second, "b", false}, {place, 6 * time.Second, "unknown", false}}
+	want := []runningCall{{search, 9 * time.Second, "a"}, {place, 7 * time.Second, "b"}, {place, 6 * time.Second, "unknown"}}
 	check := func() {
 		t.Helper()
 		got := callsOf(&f, 10*time.Second)
@@ -55,7 +55,7 @@ func TestInflightKnowsMethodAgeAndPeer(t *testing.T) {
 	want = want[1:]
 	check()
 	c := f.begin(from("c"), &search, 5*time.Second, nil) // perhaps in the record of a
-	want = append(want, runningCall{search, 5 * time.Second, "c", false})
+	want = append(want, runningCall{search, 5 * time.Second, "c"})
 	check()
 	b.end()
 	nobody.end()

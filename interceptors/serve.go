@@ -43,7 +43,8 @@ const handshakeTimeout = 5 * time.Second
 // it may be what ended ctx, by way of signal.NotifyContext.) A signal that comes
 // before Serve is the program's. The error is nil after a drain that cut nothing;
 // otherwise it lists the calls that were cut (the 20 oldest, and how many more there
-// were), and the listeners that had failed.
+// were), and the listeners that had failed. Of a server that is drained by another
+// Serve or by Shutdown at the same time each call is in one of the errors.
 //
 // The client of a call that is cut gets UNAVAILABLE, and its handler's context is
 // cancelled. Handlers that have not ended when cut is over go on without a client,
@@ -212,11 +213,12 @@ func (g *Guard) shutDown(announced, cutNow context.Context, srv server, graceful
 		calls = append(calls, found...)
 	}
 	cut(true)
-	if len(calls) == 0 {
+	_, told := g.drain.told.Load(srv) // perhaps by another drain of it: of a second Serve, or Shutdown
+	if len(calls) == 0 && !told {
 		j.log(slog.LevelWarn, "drain closes connections that are not done: a client does not read its answers or does not send its request, or a handshake hangs")
 	}
 	complete := false
-	if slices.ContainsFunc(calls, func(c runningCall) bool { return c.told }) {
+	if told {
 		complete = wait(context.Background(), min(flushTime, limit/2), ended)
 	}
 	if !complete {
