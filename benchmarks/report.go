@@ -1,19 +1,14 @@
 package main
 
 import (
-	"bufio"
 	"fmt"
 	"math"
-	"os"
-	"os/exec"
-	"runtime"
-	"runtime/debug"
-	"slices"
 	"strings"
 	"time"
-	"unicode/utf8"
 
 	"github.com/google/pprof/profile"
+
+	"github.com/grpc-resilience/grpc-resilience/benchmarks/internal/page"
 )
 
 // A report is docs/performance.md in the making.
@@ -48,7 +43,7 @@ func (r *report) section(title, text string) { fmt.Fprintf(&r.body, "\n## %s\n\n
 
 func (r *report) text(text string) { fmt.Fprintf(&r.body, "\n%s\n", text) }
 
-func (r *report) table(head []string, rows [][]string) { r.body.WriteString(table(head, rows)) }
+func (r *report) table(head []string, rows [][]string) { r.body.WriteString(page.Table(head, rows)) }
 
 // notes are names, and what there is to say beside.
 func (r *report) notes(list [][]string) {
@@ -60,28 +55,10 @@ func (r *report) notes(list [][]string) {
 	}
 }
 
-// table writes a table that can be read as it stands, too.
-func table(head []string, rows [][]string) string {
-	width := make([]int, len(head))
-	for _, row := range append([][]string{head}, rows...) {
-		for i, cell := range row {
-			width[i] = max(width[i], utf8.RuneCountInString(cell))
-		}
-	}
-	rule := make([]string, len(head))
-	for i := range rule {
-		rule[i] = strings.Repeat("-", max(3, width[i]))
-	}
-	var out strings.Builder
-	out.WriteByte('\n')
-	for _, row := range append([][]string{head, rule}, rows...) {
-		for i, cell := range row {
-			fmt.Fprintf(&out, "| %s%s ", cell, strings.Repeat(" ", max(0, width[i]-utf8.RuneCountInString(cell))))
-		}
-		out.WriteString("|\n")
-	}
-	return out.String()
-}
+// modules are those whose versions the report names.
+const modules = `github.com/afex/hystrix-go github.com/failsafe-go/failsafe-go github.com/go-kratos/aegis
+	github.com/grpc-ecosystem/go-grpc-middleware/v2 github.com/sony/gobreaker/v2 go.opentelemetry.io/otel go.uber.org/ratelimit
+	go.yaml.in/yaml/v3 golang.org/x/time google.golang.org/grpc google.golang.org/protobuf`
 
 // markdown puts the report together.
 func (r *report) markdown() string {
@@ -92,7 +69,7 @@ Written by `+"`make bench`"+` on %s; do not edit. What is compared was measured 
 Absolute times say little about another machine; ratios say more.
 
 `, time.Now().UTC().Format("2 January 2006, 15:04 UTC"))
-	for _, line := range machine() {
+	for _, line := range page.Machine(modules) {
 		fmt.Fprintf(&out, "- %s\n", line)
 	}
 	out.WriteString(`
@@ -113,56 +90,17 @@ What this project has set itself. A budget is reached if the median is; what mis
 		}
 		rows = append(rows, []string{b.what, number(b.most) + b.unit, spreadTo(4, b.got), verdict})
 	}
-	out.WriteString(table([]string{"what", "at most", "measured", ""}, rows))
+	out.WriteString(page.Table([]string{"what", "at most", "measured", ""}, rows))
 	out.WriteString(r.body.String())
 	out.WriteString("\n## Not reached, and why\n")
 	for _, b := range r.budgets {
 		if of := missed[b.why]; b.why != nil && of[0] == b.what {
 			fmt.Fprintf(&out, "\n%s: a CPU profile, by functions and by packages.\n", strings.Join(of, "; "))
-			out.WriteString(table([]string{"function", "its own", "with its calls"}, top(b.why, 12, itself, true)))
-			out.WriteString(table([]string{"package", "its own", "with its calls"}, top(b.why, 12, packageOf, false)))
+			out.WriteString(page.Table([]string{"function", "its own", "with its calls"}, top(b.why, 12, itself, true)))
+			out.WriteString(page.Table([]string{"package", "its own", "with its calls"}, top(b.why, 12, packageOf, false)))
 		}
 	}
 	return out.String()
-}
-
-// machine says on what the run was made, and of what.
-func machine() []string {
-	info, _ := debug.ReadBuildInfo()
-	commit, err := exec.Command("git", "describe", "--always", "--dirty").Output()
-	if err != nil {
-		commit = []byte("unknown")
-	}
-	var versions []string
-	for _, m := range info.Deps {
-		if slices.Contains(strings.Fields(`github.com/afex/hystrix-go github.com/failsafe-go/failsafe-go github.com/go-kratos/aegis
-			github.com/grpc-ecosystem/go-grpc-middleware/v2 github.com/sony/gobreaker/v2 go.opentelemetry.io/otel go.uber.org/ratelimit
-			go.yaml.in/yaml/v3 golang.org/x/time google.golang.org/grpc google.golang.org/protobuf`), m.Path) {
-			versions = append(versions, m.Path+" "+m.Version)
-		}
-	}
-	load, _ := os.ReadFile("/proc/loadavg")
-	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
-	return []string{
-		fmt.Sprintf("machine: %s, %d cores, %s/%s, kernel %s", cpuModel(), runtime.NumCPU(), runtime.GOOS, runtime.GOARCH, strings.TrimSpace(string(kernel))),
-		fmt.Sprintf("load average at the end of the run, its own part included: %s", strings.Join(strings.Fields(string(load) + " ? ? ?")[:3], " ")),
-		fmt.Sprintf("commit %s, %s, GOMAXPROCS %d", strings.TrimSpace(string(commit)), runtime.Version(), runtime.GOMAXPROCS(0)),
-		"modules: " + strings.Join(versions, ", "),
-	}
-}
-
-func cpuModel() string {
-	f, err := os.Open("/proc/cpuinfo")
-	if err != nil {
-		return "unknown CPU"
-	}
-	defer f.Close()
-	for lines := bufio.NewScanner(f); lines.Scan(); {
-		if name, model, ok := strings.Cut(lines.Text(), ":"); ok && strings.TrimSpace(name) == "model name" {
-			return strings.TrimSpace(model)
-		}
-	}
-	return "unknown CPU"
 }
 
 // number writes three digits that mean something.
