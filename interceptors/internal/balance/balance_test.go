@@ -32,7 +32,7 @@ func TestEven(t *testing.T) {
 			m := newSim(t, settings(), n, takes(10*ms))
 			m.run(every, sec)
 			m.reset()
-			m.run(every, during)
+			m.run(every, during*time.Duration(max(1, n/40)))
 			for _, name := range m.list[:min(n, 10)] {
 				m.wantShare(name, 0.4/float64(n), 1.8/float64(n))
 			}
@@ -82,6 +82,21 @@ func TestFailsFast(t *testing.T) {
 			})
 		})
 	}
+}
+
+// One call that takes long, among many that do not, costs its endpoint little.
+func TestOneLongCall(t *testing.T) {
+	m := newSim(t, settings(), 10, takes(10*ms))
+	m.run(ms, 2*sec)
+	m.server["e000"] = takes(900 * ms)
+	for before := m.took["e000"]; m.took["e000"] == before; {
+		m.run(ms, ms)
+	}
+	m.server["e000"] = takes(10 * ms)
+	m.run(ms, sec)
+	m.reset()
+	m.run(ms, 2*sec)
+	m.wantShare("e000", 0.05, 0.12)
 }
 
 // A new endpoint that has only ever rejected does not look new, whatever the others take.
@@ -172,6 +187,25 @@ func TestHotBesideOneThatFails(t *testing.T) {
 	m.wantShare("e000", 0, 0.05)
 }
 
+// Two different ones, each pair as often as each other.
+func TestDraw(t *testing.T) {
+	if i, j := draw(1); i != 0 || j != 0 {
+		t.Errorf("of one: %d, %d", i, j)
+	}
+	var count [5][5]int
+	for range 20_000 {
+		i, j := draw(5)
+		count[i][j]++
+	}
+	for i := range count {
+		for j, n := range count[i] {
+			if want := 1000; i == j && n > 0 || i != j && (n < want*4/5 || n > want*6/5) {
+				t.Errorf("%d and %d were drawn %d times", i, j, n)
+			}
+		}
+	}
+}
+
 // Who comes back after a failure goes elsewhere.
 func TestRetryGoesElsewhere(t *testing.T) {
 	m := newSim(t, settings(), 3, takes(10*ms))
@@ -192,11 +226,12 @@ func TestRetryGoesElsewhere(t *testing.T) {
 	}
 }
 
-// A longer latency counts at once, a shorter one by the time since the last.
+// A longer latency counts at once, up to the double, a shorter one by the time since the last.
 func TestPeak(t *testing.T) {
 	e := newEndpoint(resolver.Endpoint{}, true)
 	for _, step := range []struct{ at, latency, want time.Duration }{
-		{0, 10 * ms, 10 * ms}, {0, 50 * ms, 50 * ms}, {0, 10 * ms, 50 * ms}, {2 * sec, 10 * ms, 24715 * us}, {1000 * sec, 10 * ms, 10 * ms},
+		{0, 10 * ms, 10 * ms}, {0, 50 * ms, 20 * ms}, {0, 39 * ms, 39 * ms}, {0, 50 * ms, 50 * ms}, {0, 10 * ms, 50 * ms}, {2 * sec, 10 * ms, 24715 * us},
+		{1000 * sec, 10 * ms, 10 * ms},
 	} {
 		e.observe(step.at, step.latency, 2*sec)
 		if got := time.Duration(load(&e.peak)).Round(us); got != step.want {
@@ -300,7 +335,7 @@ func TestPickDoesNotAllocate(t *testing.T) {
 
 // picks is a pick and its end.
 func picks(tb testing.TB, n int) func() {
-	m := newSim(tb, settings(), n, takes(10*ms))
+	m := newSim(tb, ejecting(), n, takes(10*ms))
 	m.run(ms, 2*sec)
 	ctx, began := context.Background(), time.Now()
 	m.group.hooks.Now = func() time.Duration { return m.now + time.Since(began) }

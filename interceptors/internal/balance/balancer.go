@@ -61,7 +61,13 @@ func (b *p2c) UpdateState(s balancer.State) {
 	switch {
 	case b.pool == nil: // a resolver error before the first addresses
 	case s.ConnectivityState == connectivity.Ready:
-		s.Picker = b.pool.connected(children)
+		if made := b.pool.connected(children); len(made.ready) > 0 {
+			s.Picker = made
+			break
+		}
+		// The child still speaks of the list before, and is about to be told of the one that
+		// came: calls wait.
+		s = balancer.State{ConnectivityState: connectivity.Connecting, Picker: base.NewErrPicker(balancer.ErrNoSubConnAvailable)}
 	default:
 		b.pool.connected(nil)
 		if len(children) == 0 {
@@ -102,6 +108,7 @@ type pool struct {
 	group   *Group
 	target  string
 	survey  survey
+	ejects  atomic.Bool   // some are ejected
 	panics  atomic.Bool   // so few are usable that ejections are not heeded
 	refused atomic.Uint64 // picks that found all endpoints at their limit
 

@@ -49,7 +49,7 @@ func (p *pool) armLocked(e *endpoint, s *Settings) {
 	x := &e.ejection
 	switch {
 	case s.Breaker == nil:
-		x.breaker = nil
+		x.breaker, x.ejected = nil, false // together: picks ask the breaker of who is ejected
 	case x.breaker == nil:
 		x.breaker = breaker.New(*s.Breaker, func(tr breaker.Transition) { p.changed(e, tr) })
 	default:
@@ -133,6 +133,7 @@ func (p *pool) reviewLocked(s *Settings, changed *endpoint) {
 			usable++
 		}
 	}
+	p.ejects.Store(ejected > 0)
 	p.panics.Store(usable == 0 || usable*100 < s.PanicThreshold*p.endpoints.Len())
 }
 

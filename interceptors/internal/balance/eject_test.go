@@ -188,6 +188,20 @@ func TestMaxEjectionPercent(t *testing.T) {
 	}
 }
 
+// The calls of those that are ejected go to all others, whatever their place in the list.
+func TestCallsOfEjectedOnesAreSpread(t *testing.T) {
+	m := newSim(t, ejecting(), 10, takes(10*ms))
+	m.run(ms, 2*sec)
+	for _, name := range m.list[:5] {
+		m.failInARow(name, 5)
+	}
+	m.reset()
+	m.run(ms, 4900*ms)
+	for _, name := range m.list[5:] {
+		m.wantShare(name, 0.15, 0.25)
+	}
+}
+
 // With too few that are connected and not ejected, all are used.
 func TestPanic(t *testing.T) {
 	m := newSim(t, ejecting(), 4, takes(10*ms))
@@ -269,6 +283,23 @@ func TestSetReachesBreakers(t *testing.T) {
 	m.failInARow("e000", 2)
 	if len(m.ejected()) != 1 {
 		t.Errorf("with a breaker again: %v", m.ejected())
+	}
+}
+
+// Breakers can be switched off while calls look at them: an endpoint without one is never
+// an ejected one.
+func TestSwitchOffWhileEjected(t *testing.T) {
+	m := newSim(t, ejecting(), 4, takes(10*ms))
+	m.run(ms, sec)
+	m.failInARow("e000", 5)
+	s := ejecting()
+	s.Breaker = nil
+	e := m.endpoint("e000")
+	m.pool.mu.Lock()
+	m.pool.armLocked(e, &s) // and before the review that follows
+	m.pool.mu.Unlock()
+	if _, v := m.pool.admit(e, m.now); v != admitted || e.due(m.now) {
+		t.Errorf("admit says %v", v)
 	}
 }
 

@@ -47,7 +47,9 @@ func newEndpoint(r resolver.Endpoint, old bool) *endpoint {
 
 // observe takes the latency of an attempt that succeeded, in the way of Finagle's
 // PeakEwma (com.twitter.finagle.loadbalancer.PeakEwma): a longer one counts at once, a
-// shorter one by the time since the last one, 1 - exp(-t/decay).
+// shorter one by the time since the last one, 1 - exp(-t/decay). Not so Finagle: it counts
+// for no more than twice what was there, or one call that takes a second, as some do
+// anywhere, would keep its endpoint idle for many.
 func (e *endpoint) observe(now, latency, decay time.Duration) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -58,11 +60,16 @@ func (e *endpoint) observe(now, latency, decay time.Duration) {
 	} else {
 		store(&e.mean, v)
 	}
-	if v < old {
+	switch {
+	case v < old:
 		v = old*keep + v*(1-keep)
+	case old > 0:
+		v = min(v, 2*old)
 	}
 	store(&e.peak, v)
-	e.failing.Store(false)
+	if e.failing.Load() { // a store costs more
+		e.failing.Store(false)
+	}
 	e.since.Store(int64(now))
 }
 

@@ -59,48 +59,62 @@ func (p *picker) Pick(info balancer.PickInfo) (balancer.PickResult, error) {
 	return result, nil
 }
 
-// choose draws two endpoints and tries the better one first, then the other, then all
-// that follow. failed, where the call has been before, comes last. It returns nil if all
-// are at their rate limit.
+// choose draws two endpoints and tries the better one first, then the other. If neither
+// takes the call it draws again, and at last tries all. failed, where the call has been
+// before, comes after all others. It returns nil if all are at their rate limit.
 func (p *picker) choose(now time.Duration, s *Settings, failed *endpoint) (*choice, breaker.Ticket) {
-	n := len(p.ready)
-	i, j := rand.IntN(n), 0
-	if n > 1 {
-		if j = rand.IntN(n - 1); j >= i {
-			j++
-		}
-		if p.prefers(p.ready[j].endpoint, p.ready[i].endpoint, now, s, failed) {
+	n, full := len(p.ready), false
+	for range draws {
+		i, j := draw(n)
+		if i != j && p.prefers(p.ready[j].endpoint, p.ready[i].endpoint, now, s, failed) {
 			i, j = j, i
 		}
+		for _, k := range [...]int{i, j} {
+			c := &p.ready[k]
+			if c.endpoint == failed {
+				continue
+			}
+			t, v := p.pool.admit(c.endpoint, now)
+			if v == admitted {
+				return c, t
+			}
+			full = full || v == limited
+		}
 	}
-	var last *choice
-	full := false
-	for k := -1; k < n; k++ { // the other one, and round from the better one
-		c := &p.ready[(i+max(k, 0))%n]
-		if k == 0 {
-			c = &p.ready[j]
+	from := rand.IntN(n)
+	for _, again := range [...]bool{false, true} {
+		for k := range n {
+			c := &p.ready[(from+k)%n]
+			if (c.endpoint == failed) != again {
+				continue
+			}
+			t, v := p.pool.admit(c.endpoint, now)
+			if v == admitted {
+				return c, t
+			}
+			full = full || v == limited
 		}
-		if c.endpoint == failed {
-			last = c
-			continue
-		}
-		t, v := p.pool.admit(c.endpoint, now)
-		if v == admitted {
-			return c, t
-		}
-		full = full || v == limited
-	}
-	if last != nil {
-		t, v := p.pool.admit(last.endpoint, now)
-		if v == admitted {
-			return last, t
-		}
-		full = full || v == limited
 	}
 	if full {
 		return nil, breaker.Ticket{}
 	}
-	return &p.ready[i], breaker.Ticket{} // all were ejected since the last review: then none is
+	return &p.ready[from], breaker.Ticket{} // all were ejected since the last review: then none is
+}
+
+// draws are several because an endpoint that is listed behind ejected ones would otherwise
+// get their calls beside its own.
+const draws = 4
+
+// draw returns two different numbers below n, which are the same if n is 1. One random
+// number does for both: a half of it, multiplied with n, overflows 32 bits into an index,
+// and is off by less than n/2^32.
+func draw(n int) (i, j int) {
+	r := rand.Uint64()
+	i = int(r & math.MaxUint32 * uint64(n) >> 32)
+	if j = int(r >> 32 * uint64(n-1) >> 32); j >= i && n > 1 {
+		j++
+	}
+	return i, j
 }
 
 // retryAfter is when the first of the endpoints that are not ejected is below its limit
@@ -121,7 +135,7 @@ func (p *picker) prefers(b, a *endpoint, now time.Duration, s *Settings, failed 
 	switch {
 	case a == failed || b == failed:
 		return a == failed
-	case a.due(now) || b.due(now):
+	case p.pool.ejects.Load() && (a.due(now) || b.due(now)):
 		return !a.due(now)
 	}
 	return p.better(b, a, now, s)
