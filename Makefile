@@ -58,6 +58,10 @@ mutants: ## Break the code on purpose, line by line: a test must fail each time.
 bench: ## Measure this project and others in one run, some 10 minutes: docs/performance.md.
 	@cd benchmarks && go run . -o $(CURDIR)/docs/performance.md
 
+.PHONY: bench-balancing
+bench-balancing: ## Compare load balancing with that of grpc-go, some 5 minutes: docs/balancing.md.
+	@cd benchmarks && go run ./balancing -o $(CURDIR)/docs/balancing.md
+
 .PHONY: soak
 soak: ## End SOAK server processes (default 10000) that have answers on their way: none may be lost.
 	@GRPC_RESILIENCE_SOAK_ROUNDS=$(SOAK) go test -race -count=1 -timeout 12h -v -run '^TestCase35' ./interceptors
