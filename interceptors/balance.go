@@ -252,7 +252,7 @@ func (g *Guard) judgeAttempt(ctx context.Context, method string, err error, had 
 		code == codes.Unavailable && strings.Contains(st.Message(), drainedMessage):
 		return balance.Neutral
 	case code == codes.DeadlineExceeded && had < minAttemptDeadline:
-		return balance.Neutral
+		return balance.Expired
 	}
 	if info, _ := ownDetails(st); info != nil {
 		switch Reason(info.GetReason()) {

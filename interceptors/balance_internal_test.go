@@ -33,7 +33,7 @@ func TestAttemptVerdicts(t *testing.T) {
 		{t.Context(), status.Error(codes.DataLoss, ""), hour, balance.Failure},
 		{t.Context(), status.Error(codes.NotFound, ""), hour, balance.Success},
 		{t.Context(), status.Error(codes.DeadlineExceeded, ""), 50 * time.Millisecond, balance.Failure},
-		{t.Context(), status.Error(codes.DeadlineExceeded, ""), 49 * time.Millisecond, balance.Neutral},
+		{t.Context(), status.Error(codes.DeadlineExceeded, ""), 49 * time.Millisecond, balance.Expired},
 		{t.Context(), status.Error(codes.Canceled, ""), hour, balance.Neutral},
 		{cancelled, status.Error(codes.Unavailable, ""), hour, balance.Neutral},
 		{t.Context(), status.Error(codes.Unavailable, "the stream is rejected because server is draining the connection"), hour, balance.Neutral},

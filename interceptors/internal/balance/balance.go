@@ -39,6 +39,9 @@ const (
 	Success
 	// Failure counts against it.
 	Failure
+	// Expired is a deadline that was too short to be held against the endpoint. It would have
+	// taken longer, that is all.
+	Expired
 	// Shed is a rejection: no failure, but nothing to come back to soon.
 	Shed
 )

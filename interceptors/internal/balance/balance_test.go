@@ -131,6 +131,26 @@ func TestBlackHole(t *testing.T) {
 	}
 }
 
+// Deadlines that are too short to be failures tell a black hole all the same, and do not
+// make an endpoint look worse than they are long.
+func TestShortDeadlines(t *testing.T) {
+	eachLoad(t, func(t *testing.T, every, during time.Duration) {
+		m := newSim(t, ejecting(), 10, takes(5*ms))
+		m.run(every, 2*sec)
+		m.server["e000"] = func(time.Duration) (time.Duration, error) { return 40 * ms, errLate }
+		m.run(every, sec)
+		m.reset()
+		m.run(every, 2*during)
+		m.wantShare("e000", 0, 0.05)
+		m.server["e000"] = takes(5 * ms)
+		m.run(every, 8*sec)
+		m.server["e000"] = func(time.Duration) (time.Duration, error) { return ms, errLate }
+		m.reset()
+		m.run(every, 2*during)
+		m.wantShare("e000", 0.07, 0.25)
+	})
+}
+
 func TestSlowStart(t *testing.T) {
 	m := newSim(t, settings(), 4, takes(10*ms))
 	m.run(ms, sec)

@@ -11,6 +11,7 @@ import (
 type ejection struct {
 	breaker  *breaker.Window                         // nil: there is none; guarded by pool.mu, see pool.arm
 	ejected  bool                                    // guarded by pool.mu
+	told     bool                                    // that it was ejected, and not yet that it is back; guarded by pool.mu
 	returned time.Duration                           // when it was brought back last; guarded by pool.mu
 	streak   uint                                    // ejections that followed soon on the one before; guarded by pool.mu
 	causes   [breaker.ConsecutiveFailures + 1]uint64 // ejections; guarded by pool.mu
@@ -74,7 +75,6 @@ func (p *pool) changed(e *endpoint, tr breaker.Transition) {
 	news := Ejection{Target: p.target, Address: e.address, Cause: tr.Cause}
 	p.mu.Lock()
 	x := &e.ejection
-	was := x.ejected
 	p.reviewLocked(s, e)
 	news.Ejected = x.ejected
 	if x.breaker != nil && x.ejected && tr.To == breaker.Open {
@@ -89,14 +89,16 @@ func (p *pool) changed(e *endpoint, tr breaker.Transition) {
 			x.breaker.Set(c, now)
 		}
 		x.causes[tr.Cause]++
-		news.For = x.breaker.Stats(now).RetryAfter
+		x.told, news.For = true, x.breaker.Stats(now).RetryAfter
 	}
-	if was && !x.ejected {
-		x.returned = max(now, 1)
+	// The review of another one's change may have brought it back before.
+	back := x.told && !x.ejected
+	if back {
+		x.told, x.returned = false, max(now, 1)
 		e.forget()
 	}
 	p.mu.Unlock()
-	if news.For > 0 || was && !news.Ejected {
+	if news.For > 0 || back {
 		p.group.hooks.Ejected(news)
 	}
 }
@@ -108,8 +110,7 @@ func (p *pool) reviewLocked(s *Settings, changed *endpoint) {
 	allowed, ejected, usable := p.endpoints.Len()*s.MaxEjectionPercent/100, 0, 0
 	decide := func(e *endpoint, candidate bool) {
 		x := &e.ejection
-		open := x.breaker != nil && x.breaker.Stats(now).State != breaker.Closed
-		is := candidate && open && ejected < allowed
+		is := candidate && ejected < allowed && x.breaker != nil && x.breaker.Stats(now).State != breaker.Closed
 		if is {
 			ejected++
 		}

@@ -202,6 +202,24 @@ func TestCallsOfEjectedOnesAreSpread(t *testing.T) {
 	}
 }
 
+// Whose ejection was told is told to be back, also when it had to be taken back before,
+// because the list got shorter.
+func TestReturnsAreTold(t *testing.T) {
+	m := newSim(t, ejecting(), 4, takes(10*ms))
+	m.run(ms, sec)
+	m.failInARow("e000", 5)
+	m.failInARow("e001", 5)
+	m.resolve("e000", "e001")
+	if n := len(m.ejected()); n != 1 {
+		t.Fatalf("%d of 2 are ejected", n)
+	}
+	m.run(ms, 20*sec)
+	slices.Sort(m.news)
+	if want := []string{"e000 false 0s", "e000 true 5s", "e001 false 0s", "e001 true 5s"}; !slices.Equal(m.news, want) {
+		t.Errorf("news: %q, want %q", m.news, want)
+	}
+}
+
 // With too few that are connected and not ejected, all are used.
 func TestPanic(t *testing.T) {
 	m := newSim(t, ejecting(), 4, takes(10*ms))

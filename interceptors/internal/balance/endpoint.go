@@ -73,6 +73,19 @@ func (e *endpoint) observe(now, latency, decay time.Duration) {
 	e.since.Store(int64(now))
 }
 
+// exceed takes an attempt that ended without an answer after a time: the latency is longer.
+// Without that, who never answers would look idle, and be asked for it.
+func (e *endpoint) exceed(now, least, decay time.Duration) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	v, old := float64(least), load(&e.peak)
+	if old > 0 {
+		v = max(min(v, 2*old), old*fade(now-time.Duration(e.since.Load()), decay))
+	}
+	store(&e.peak, v)
+	e.since.Store(int64(now))
+}
+
 // penalize takes an attempt that did not succeed: however fast it was, it makes the
 // endpoint look no better than it was, and worse than others, whose cost is given.
 func (e *endpoint) penalize(now, latency time.Duration, others float64) {

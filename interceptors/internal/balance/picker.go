@@ -127,6 +127,9 @@ func (p *picker) retryAfter(now time.Duration) time.Duration {
 			least = min(least, r.RetryAfter(now))
 		}
 	}
+	if least == math.MaxInt64 { // the limits are gone since the call met them
+		return 0
+	}
 	return least
 }
 
@@ -292,6 +295,10 @@ func (a *attempt) settle(now time.Duration, v Verdict) {
 		e.observe(now, took, settings.Decay)
 		median := a.pool.survey.latency.Load()
 		slow = settings.LatencyFactor > 0 && median > 0 && int64(took) >= int64(settings.LatencyFactor)*median
+	case Expired:
+		if !a.stream {
+			e.exceed(now, took, settings.Decay)
+		}
 	case Failure, Shed:
 		e.penalize(now, took, load(&a.pool.survey.cost))
 		if v == Failure {

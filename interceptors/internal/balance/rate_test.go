@@ -83,6 +83,9 @@ func TestSetReachesRates(t *testing.T) {
 		}
 	}
 	count(10000)
+	if again := m.picker.retryAfter(m.now); again != 0 { // the limits were taken away meanwhile
+		t.Errorf("again in %v, though there is no limit", again)
+	}
 	s.Rate = &Rate{PerSecond: 100, Burst: 1}
 	m.group.Set(s)
 	count(2000)

@@ -17,6 +17,7 @@ import (
 var (
 	errDown = errors.New("down")
 	errFull = errors.New("full")
+	errLate = errors.New("late")
 )
 
 // sim makes calls through a real pool and picker, in a time of its own and without gRPC.
@@ -90,6 +91,8 @@ func newSim(tb testing.TB, settings Settings, n int, s server) *sim {
 				return Failure
 			case errFull:
 				return Shed
+			case errLate:
+				return Expired
 			}
 			return Neutral
 		},
