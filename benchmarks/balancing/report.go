@@ -143,8 +143,8 @@ again, up to %d times; shown is the run that was disturbed least, and what it sa
 	}
 	p(`
 Times and errors are of the calls that begin while the fault lasts, or of all of them where it does not end; failed calls count with the time they took. The share is that of the endpoint which is bad, in percent of a tenth of the
-calls. Back is how long after the fault's end there begins a second in which the endpoint has 80 %% of its share, and has it on average from then on; 0 for who never took it away.
-`)
+calls. Back is how long after the fault's end there begins a second in which the endpoint has 80 %% of its share, and has it on average from then on; 0 for who never took it away. "%s" has ten that are alike, in the same seconds.
+`, ourControl)
 	rows = nil
 	for _, r := range m.runs {
 		name := r.name
@@ -193,7 +193,7 @@ const forReaders = `
 
 Of two endpoints drawn at random a call goes to the one where it has to expect less: the endpoint's latency (a peak EWMA: worse counts at once, better slowly) times the calls in flight there. Two and not all, because the best of all
 would get everybody's calls at once. A failure or a rejection, however fast, counts as a high cost that fades. Beside that each endpoint has a circuit breaker: after 5 failures in a row, or when half of its calls fail or are slow against
-the median endpoint, it is ejected for 5 s, and the first call after that decides whether it comes back; a probe that fails doubles the time, up to a minute. Never more than half of the endpoints are ejected, and when too few are
+the median endpoint, it is ejected for 5 s, and the first call after that decides whether it comes back; a probe that fails doubles the time, up to a minute, so who was bad for long may come back that late. Never more than half of the endpoints are ejected, and when too few are
 left all are used. It needs nothing of the servers.
 
 ## When round_robin is as good
@@ -203,6 +203,6 @@ left all are used. It needs nothing of the servers.
 - There are few calls: a channel with less than a call a second for each endpoint learns too little of them. So does each of many clients of which every one makes few calls.
 - Something behind one address, a proxy or a mesh, balances already: there is nothing to choose.
 
-least_request is as good against an endpoint that only hangs or is slow, as long as enough calls are in flight that it shows, and it needs no memory. It likes an endpoint that fails fast: there are never calls in flight.
+least_request_experimental helps against an endpoint that hangs or is slow, the more the more calls are in flight, and needs no memory. It likes an endpoint that fails fast: there are never calls in flight.
 weighted_round_robin knows most about servers that report their load truthfully, in particular of different sizes, and of the load that other clients put on them, which no client sees by itself.
 `

@@ -152,7 +152,7 @@ type run struct {
 }
 
 // undisturbed is the most that calls may begin late, in ms: a part of what a call takes.
-const undisturbed = 3
+const undisturbed = 5
 
 func (r run) disturbed() bool { return r.late > undisturbed }
 
