@@ -249,7 +249,7 @@ func (g *Guard) judgeAttempt(ctx context.Context, method string, err error, had 
 	code := st.Code()
 	switch {
 	case code == codes.Canceled, cancelled(ctx), tooLarge(code, st.Message()), unmarshalled(code, st.Message()),
-		code == codes.Unavailable && strings.Contains(st.Message(), drainedMessage):
+		code == codes.Unavailable && drained(st.Message()):
 		return balance.Neutral
 	case code == codes.DeadlineExceeded && had < minAttemptDeadline:
 		return balance.Expired
@@ -273,5 +273,10 @@ func (g *Guard) judgeAttempt(ctx context.Context, method string, err error, had 
 	return balance.Success
 }
 
-// drainedMessage is in what gRPC says of a stream that a GOAWAY came before.
-const drainedMessage = "draining"
+// drained reports whether gRPC said it of a stream that a GOAWAY came before, or our server
+// of one that its drain ended. A handler may say "draining" in words of its own, and mean
+// that it fails.
+func drained(message string) bool {
+	return message == "the connection is draining" || message == "the stream is rejected because server is draining the connection" ||
+		strings.HasPrefix(message, "the server is draining")
+}

@@ -38,6 +38,8 @@ func TestAttemptVerdicts(t *testing.T) {
 		{cancelled, status.Error(codes.Unavailable, ""), hour, balance.Neutral},
 		{t.Context(), status.Error(codes.Unavailable, "the stream is rejected because server is draining the connection"), hour, balance.Neutral},
 		{t.Context(), status.Error(codes.Unavailable, "the connection is draining"), hour, balance.Neutral},
+		{t.Context(), errCut.Err(), hour, balance.Neutral},
+		{t.Context(), status.Error(codes.Unavailable, "the shard is draining"), hour, balance.Failure},
 		{t.Context(), status.Error(codes.Internal, "grpc: error while marshaling: x"), hour, balance.Neutral},
 		{t.Context(), status.Error(codes.ResourceExhausted, "grpc: received message larger than max"), hour, balance.Neutral},
 		{t.Context(), status.Error(codes.ResourceExhausted, "quota"), hour, balance.Shed},
