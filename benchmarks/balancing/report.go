@@ -205,4 +205,5 @@ left all are used. It needs nothing of the servers.
 
 least_request_experimental helps against an endpoint that hangs or is slow, the more the more calls are in flight, and needs no memory. It likes an endpoint that fails fast: there are never calls in flight.
 weighted_round_robin knows most about servers that report their load truthfully, in particular of different sizes, and of the load that other clients put on them, which no client sees by itself.
+gRPC has outlier detection, too (gRFC A50), which ejects endpoints by their errors, but not by their time; in grpc-go it comes with xDS, and is no arm here.
 `

@@ -151,8 +151,8 @@ type run struct {
 	late     float64 // ms, the calls of all arms
 }
 
-// undisturbed is the most that calls may begin late, in ms: a part of what a call takes.
-const undisturbed = 5
+// undisturbed is the most that calls may begin late, in ms: as a replica takes to answer.
+const undisturbed = 10
 
 func (r run) disturbed() bool { return r.late > undisturbed }
 
