@@ -25,7 +25,7 @@ var arms = []arm{
 	{name: roundrobin.Name, about: "grpc-go, one after the other", dial: config(`{"round_robin":{}}`)},
 	{name: leastrequest.Name, about: "grpc-go, of two endpoints drawn at random the one with fewer calls in flight", dial: config(`{"least_request_experimental":{}}`)},
 	{name: weightedroundrobin.Name, orca: true, dial: config(`{"weighted_round_robin":{"blackoutPeriod":"1s"}}`),
-		about: "grpc-go, by what servers say of their load: ORCA reports with each call of calls a second, errors a second and utilization (half, at a fair share); `blackoutPeriod` 1s, or it would begin after the 10 s of its default"},
+		about: "grpc-go, by what servers say of their load: ORCA reports with each call of calls a second, errors a second and utilization (a quarter, at a fair share); `blackoutPeriod` 1s, or it would begin after the 10 s of its default"},
 }
 
 func oursDial() []grpc.DialOption {

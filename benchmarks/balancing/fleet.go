@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"net"
 	"sync"
@@ -147,45 +148,30 @@ func (r *replica) answer(ctx context.Context) error {
 	}
 }
 
-// meter is what a replica knows of its load: that of the last full second.
+// meter is what a replica knows of its load: sums that fade in a second.
 type meter struct {
-	mu         sync.Mutex
-	second     int64
-	this, last tally
-}
-
-type tally struct {
-	calls, errors int
-	busy          time.Duration
+	mu                  sync.Mutex
+	at                  time.Time
+	calls, errors, busy float64 // a second; busy: s
 }
 
 func (m *meter) ended(began time.Time, err error) {
 	now := time.Now()
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	switch s := now.Unix(); s - m.second {
-	case 0:
-	case 1:
-		m.second, m.last, m.this = s, m.this, tally{}
-	default:
-		m.second, m.last, m.this = s, tally{}, tally{}
-	}
-	m.this.calls++
-	m.this.busy += now.Sub(began)
+	keep := math.Exp(-now.Sub(m.at).Seconds())
+	m.at = now
+	m.calls, m.errors, m.busy = m.calls*keep+1, m.errors*keep, m.busy*keep+now.Sub(began).Seconds()
 	if err != nil {
-		m.this.errors++
+		m.errors++
 	}
 }
 
-// report says how busy the replica is: with one call at any time it is fully. In the
-// first second it says nothing.
+// report says how busy the replica is: with one call at any time it is fully.
 func (m *meter) report(to orca.CallMetricsRecorder) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.last.calls == 0 {
-		return
-	}
-	to.SetQPS(float64(m.last.calls))
-	to.SetEPS(float64(m.last.errors))
-	to.SetApplicationUtilization(m.last.busy.Seconds())
+	to.SetQPS(m.calls)
+	to.SetEPS(m.errors)
+	to.SetApplicationUtilization(m.busy)
 }

@@ -88,10 +88,8 @@ func (m *measured) charts() (list []chart) {
 		{unavailable, "unavailable-share.svg", "One of ten fails at once: its share of the calls", "% of a fair share", shares},
 		{exhausted, "exhausted-errors.svg", "One of ten rejects at once: calls that fail", "% of the calls", failed},
 		{silent, "silent-errors.svg", "One of ten is a black hole: calls that fail", "% of the calls", failed},
-		{rolling, "rolling-errors.svg", "Rolling restart: calls that fail", "% of the calls", failed},
 		{rolling, "rolling-p99.svg", "Rolling restart: the 99th percentile of all calls", "p99 of each second, ms", p99},
 		{flapping, "flapping-errors.svg", "One of ten fails every other second: calls that fail", "% of the calls", failed},
-		{dying, "dying-errors.svg", "One of ten dies every other second: calls that fail", "% of the calls", failed},
 	} {
 		if r, ok := m.run(c.scenario); ok {
 			list = append(list, chart{c.file, c.title, c.axis, r, m.set, c.of})

@@ -99,6 +99,34 @@ func TestOneLongCall(t *testing.T) {
 	m.wantShare("e000", 0.05, 0.12)
 }
 
+// What a failure costs does not depend on how long it took, and ends with the first success:
+// then the endpoint has its share at once.
+func TestPenaltyEnds(t *testing.T) {
+	for _, s := range []server{fails(errFull), takes(900 * ms), takes(time.Hour)} {
+		m := newSim(t, settings(), 10, takes(10*ms))
+		m.run(ms, 2*sec)
+		m.server["e000"] = func(now time.Duration) (time.Duration, error) {
+			d, _ := s(now)
+			return min(d, 900*ms), errFull
+		}
+		m.run(ms, 30*sec)
+		m.server["e000"] = takes(10 * ms)
+		m.run(ms, sec) // the end of what was in flight
+		m.reset()
+		began := m.now
+		for m.took["e000"] == 0 {
+			m.run(ms, ms)
+		}
+		if took := m.now - began; took > 8*sec {
+			t.Errorf("it was asked again after %v", took)
+		}
+		m.run(ms, 100*ms)
+		m.reset()
+		m.run(ms, sec)
+		m.wantShare("e000", 0.08, 0.2)
+	}
+}
+
 // A new endpoint that has only ever rejected does not look new, whatever the others take.
 func TestFailsFromTheStart(t *testing.T) {
 	for _, d := range []time.Duration{ms / 10, 10 * ms, sec / 2} {

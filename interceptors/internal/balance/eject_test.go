@@ -84,7 +84,7 @@ func TestReturnIsToAFullShare(t *testing.T) {
 	m := newSim(t, s, 10, takes(10*ms))
 	m.run(ms, 2*sec)
 	m.failInARow("e000", 5)
-	m.endpoint("e000").penalize(m.now, sec, float64(sec))
+	m.endpoint("e000").penalize(m.now, float64(sec))
 	m.until(m.now + 5*sec)
 	m.reset()
 	m.run(ms, 100*ms)

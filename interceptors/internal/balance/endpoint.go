@@ -54,6 +54,10 @@ func (e *endpoint) observe(now, latency, decay time.Duration) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	v, old := float64(max(latency, 1)), load(&e.peak)
+	if e.failing.Load() { // old is a penalty, and this its end
+		old = 0
+		e.failing.Store(false)
+	}
 	keep := fade(now-time.Duration(e.since.Load()), decay)
 	if mean := load(&e.mean); mean > 0 {
 		store(&e.mean, mean*keep+v*(1-keep))
@@ -67,9 +71,6 @@ func (e *endpoint) observe(now, latency, decay time.Duration) {
 		v = min(v, 2*old)
 	}
 	store(&e.peak, v)
-	if e.failing.Load() { // a store costs more
-		e.failing.Store(false)
-	}
 	e.since.Store(int64(now))
 }
 
@@ -86,15 +87,15 @@ func (e *endpoint) exceed(now, least, decay time.Duration) {
 	e.since.Store(int64(now))
 }
 
-// penalize takes an attempt that did not succeed: however fast it was, it makes the
+// penalize takes an attempt that did not succeed: however long it took, it makes the
 // endpoint look no better than it was, and worse than others, whose cost is given.
-func (e *endpoint) penalize(now, latency time.Duration, others float64) {
+func (e *endpoint) penalize(now time.Duration, others float64) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if others == 0 {
 		others = float64(unknownLatency)
 	}
-	store(&e.peak, max(load(&e.peak), float64(latency), penalty*others))
+	store(&e.peak, max(load(&e.peak), penalty*others))
 	e.failing.Store(true)
 	e.since.Store(int64(now))
 }

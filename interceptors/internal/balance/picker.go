@@ -300,7 +300,7 @@ func (a *attempt) settle(now time.Duration, v Verdict) {
 			e.exceed(now, took, settings.Decay)
 		}
 	case Failure, Shed:
-		e.penalize(now, took, load(&a.pool.survey.cost))
+		e.penalize(now, load(&a.pool.survey.cost))
 		if v == Failure {
 			result = breaker.Failure
 		}
