@@ -337,6 +337,16 @@ func TestStreamsAlone(t *testing.T) {
 		stream()
 	}
 	m.wantShare("e000", 0.25, 0.42)
+
+	// Beside unary calls, whose latency is known, a stream ends a penalty as well.
+	e := m.endpoint("e001")
+	e.observe(m.now, 10*ms, 2*sec)
+	e.penalize(m.now, float64(sec))
+	r, _ := (&picker{pool: m.pool, ready: []choice{{e, child{last: &m.last}}}}).Pick(balancer.PickInfo{Ctx: NewStream(t.Context(), false)})
+	r.Done(balancer.DoneInfo{BytesSent: true, BytesReceived: true})
+	if got := time.Duration(e.cost(m.now, 2*sec, 10*ms)); got > 20*ms {
+		t.Errorf("after a stream its cost is %v", got)
+	}
 }
 
 // Addresses that come and go for a day leave nothing.

@@ -100,8 +100,8 @@ func (e *endpoint) penalize(now time.Duration, others float64) {
 	e.since.Store(int64(now))
 }
 
-// succeed takes an attempt that succeeded and whose time is no latency. If nothing but a
-// failure is known, it is forgotten: there may never be a latency to replace it.
+// succeed takes an attempt that succeeded and whose time is no latency. It ends a penalty:
+// there may never be a latency to replace it.
 func (e *endpoint) succeed() {
 	if !e.failing.Load() {
 		return
@@ -109,9 +109,7 @@ func (e *endpoint) succeed() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.failing.Store(false)
-	if load(&e.mean) == 0 {
-		store(&e.peak, 0)
-	}
+	store(&e.peak, load(&e.mean))
 }
 
 // forget makes the endpoint's latency unknown.
