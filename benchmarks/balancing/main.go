@@ -30,17 +30,17 @@ type settings struct {
 	every     time.Duration // between restarts, and the half of a flap
 	attempts  int           // at a scenario that neighbours disturb
 	pickSizes []int
-	pickTurns int
+	pickTurns int // before and after each scenario
 }
 
 var (
 	full = settings{
 		rate: 250, warmUp: 4 * time.Second, fault: 10 * time.Second, after: 14 * time.Second, unfaulty: 20 * time.Second,
-		settled: 2 * time.Second, every: 2 * time.Second, attempts: 3, pickSizes: []int{10, 1000}, pickTurns: 60,
+		settled: 2 * time.Second, every: 2 * time.Second, attempts: 3, pickSizes: []int{10, 1000}, pickTurns: 10,
 	}
 	quick = settings{
 		rate: 300, warmUp: 300 * time.Millisecond, fault: 800 * time.Millisecond, after: 300 * time.Millisecond, unfaulty: time.Second,
-		settled: 400 * time.Millisecond, every: 200 * time.Millisecond, attempts: 1, pickSizes: []int{10}, pickTurns: 2,
+		settled: 400 * time.Millisecond, every: 200 * time.Millisecond, attempts: 1, pickSizes: []int{10}, pickTurns: 1,
 	}
 )
 

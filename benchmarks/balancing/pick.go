@@ -166,28 +166,39 @@ func callContext() (context.Context, context.CancelFunc) {
 	return metadata.AppendToOutgoingContext(ctx, "key", "value"), cancel
 }
 
-// measurePicks measures all arms in turns, each turn in a new order.
-func measurePicks(set settings) (costs []pickCost) {
-	type subject struct {
-		arm       arm
-		endpoints int
-		pick      func()
-		ns        []float64
-	}
+// pickRounds measures the picks of all arms in turns, some now and some later: what others
+// do with the core may last for seconds, and a scenario lies between.
+type pickRounds struct {
+	subjects []*pickSubject
+	end      []func()
+}
+
+type pickSubject struct {
+	arm       string
+	endpoints int
+	pick      func()
+	ns        []float64
+}
+
+func newPickRounds(set settings) *pickRounds {
 	ctx, cancel := callContext()
-	defer cancel()
-	var subjects []*subject
+	r := &pickRounds{end: []func(){cancel}}
 	for _, n := range set.pickSizes {
 		for _, a := range arms {
 			p, end := a.picker(n)
-			defer end()
-			subjects = append(subjects, &subject{arm: a, endpoints: n, pick: picks(ctx, p)})
+			r.end = append(r.end, end)
+			r.subjects = append(r.subjects, &pickSubject{arm: a.name, endpoints: n, pick: picks(ctx, p)})
 		}
 	}
+	return r
+}
+
+// turn measures so many rounds, each in a new order.
+func (r *pickRounds) turn(rounds int) {
 	const batch = 20_000
-	for range set.pickTurns {
-		for _, i := range rand.Perm(len(subjects)) {
-			s := subjects[i]
+	for range rounds {
+		for _, i := range rand.Perm(len(r.subjects)) {
+			s := r.subjects[i]
 			for range batch / 10 {
 				s.pick() // into the cache
 			}
@@ -198,8 +209,15 @@ func measurePicks(set settings) (costs []pickCost) {
 			s.ns = append(s.ns, float64(time.Since(began))/batch)
 		}
 	}
-	for _, s := range subjects {
-		costs = append(costs, pickCost{s.arm.name, s.endpoints, slices.Min(s.ns), allocations(s.pick)})
+}
+
+// costs ends the measurement.
+func (r *pickRounds) costs() (costs []pickCost) {
+	for _, s := range r.subjects {
+		costs = append(costs, pickCost{s.arm, s.endpoints, slices.Min(s.ns), allocations(s.pick)})
+	}
+	for _, end := range r.end {
+		end()
 	}
 	return costs
 }

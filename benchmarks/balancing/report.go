@@ -170,9 +170,10 @@ calls. Back is how long after the fault's end there begins a second in which the
 	if len(m.picks) > 0 {
 		p(`## The cost of a pick
 
-A pick, and the end of the oldest of %d calls in flight, one after the other on one core, without the calls themselves; the best of %d rounds of all arms in turns, for what neighbours take of the core is not the pick's.
+A pick, and the end of the oldest of %d calls in flight, one after the other on one core, without the calls themselves; the best of %d rounds of all arms in turns, before and after each
+scenario: what neighbours take of the core is not the pick's.
 round_robin has nothing to do at the end of a call.
-`, inFlight, m.set.pickTurns)
+`, inFlight, m.set.pickTurns*(len(m.runs)+1))
 		rows = nil
 		for _, c := range m.picks {
 			rows = append(rows, []string{c.arm, fmt.Sprint(c.endpoints), fmt.Sprintf("%.0f", c.ns), fmt.Sprint(c.allocs)})

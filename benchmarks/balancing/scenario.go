@@ -158,14 +158,18 @@ func (r run) disturbed() bool { return r.late > undisturbed }
 
 func measure(set settings, pattern *regexp.Regexp) *measured {
 	m := &measured{set: set}
+	picks := new(pickRounds)
+	if pattern.MatchString("pick") {
+		picks = newPickRounds(set)
+	}
+	picks.turn(set.pickTurns)
 	for _, s := range scenarios {
 		if pattern.MatchString(s.name) {
 			m.runs = append(m.runs, s.least(set))
+			picks.turn(set.pickTurns)
 		}
 	}
-	if pattern.MatchString("pick") {
-		m.picks = measurePicks(set)
-	}
+	m.picks = picks.costs()
 	return m
 }
 
