@@ -80,19 +80,22 @@ func hotPath(r *report, set settings) {
 	r.notes(notes)
 
 	profiles := map[string]*profile.Profile{}
-	against := func(name, other string, most float64, width int) {
-		key := subject{name: name, width: width}.key()
+	why := func(key string) func() *profile.Profile {
 		s := subjects[slices.IndexFunc(subjects, func(s subject) bool { return s.key() == key })]
-		kind := "serial"
-		if width > 1 {
-			kind = "parallel"
-		}
-		r.check(fmt.Sprintf("%s, %s: time, against %s", name, kind, other), ratio(got[key].ns, of(other, width).ns), most, " ×", func() *profile.Profile {
+		return func() *profile.Profile {
 			if profiles[key] == nil {
 				profiles[key] = profiled(set.profile, func() { s.batch(20 * chunk) })
 			}
 			return profiles[key]
-		})
+		}
+	}
+	against := func(name, other string, most float64, width int) {
+		key := subject{name: name, width: width}.key()
+		kind := "serial"
+		if width > 1 {
+			kind = "parallel"
+		}
+		r.check(fmt.Sprintf("%s, %s: time, against %s", name, kind, other), ratio(got[key].ns, of(other, width).ns), most, " ×", why(key))
 	}
 	allocs := func(what string, got, most float64) { r.check(what+": allocations", series{got}, most, "", nil) }
 	for _, side := range []struct{ ours, failsafe string }{{clientArm, failsafeClient}, {serverArm, failsafeServer}} {
@@ -108,7 +111,11 @@ func hotPath(r *report, set settings) {
 	against(engineArm, hystrixDo, 0.25, 1)
 	for _, s := range sent {
 		if what, ok := strings.CutSuffix(s.name, ", three gates"); ok {
-			r.check("a guarded stream's message, "+what+": time over bare", over(serial(s.name).ns, serial(what+", bare").ns), 15, " ns", nil)
+			bare := serial(what + ", bare").ns
+			added, reporters := over(serial(s.name).ns, bare), over(serial(what+", go-grpc-middleware reporter").ns, bare)
+			message, cause := "a guarded stream's message, "+what, why(subject{name: s.name, width: 1}.key())
+			r.check(message+": time over bare", added, 15, " ns", cause)
+			r.check(message+": time over bare, against that of go-grpc-middleware's reporter", ratio(added, reporters), 0.21, " ×", cause)
 			allocs("a guarded stream's message, "+what, serial(s.name).allocs, 0)
 		}
 	}

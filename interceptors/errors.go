@@ -2,7 +2,7 @@ package interceptors
 
 import (
 	"errors"
-	"fmt"
+	"strconv"
 	"strings"
 	"time"
 
@@ -100,15 +100,14 @@ type RejectedError struct {
 
 // Error says which gate refused which call, and when to come back.
 func (e *RejectedError) Error() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s: %s", clip(e.Method), e.what())
+	text := clip(e.Method) + ": " + e.what()
 	if e.Rule != "" {
-		fmt.Fprintf(&b, " (%s rule %q)", e.Side, clip(e.Rule))
+		text += " (" + e.Side.String() + " rule " + strconv.Quote(clip(e.Rule)) + ")"
 	}
 	if e.RetryAfter > 0 {
-		fmt.Fprintf(&b, ", retry in %v", roundUp(e.RetryAfter))
+		text += ", retry in " + roundUp(e.RetryAfter).String()
 	}
-	return b.String()
+	return text
 }
 
 func (e *RejectedError) what() string {

@@ -99,7 +99,7 @@ func (g *Guard) Serve(ctx context.Context, srv *grpc.Server, lis ...net.Listener
 		j.log(slog.LevelError, "drain begins", slog.String("cause", "the server was stopped"), slog.Any("error", stopped))
 		skip()
 	}
-	g.drain.ask()
+	g.enter(announcing, j)
 	ls.closeFailed()
 	go func() {
 		for {

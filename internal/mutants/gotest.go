@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -35,12 +36,23 @@ type event struct {
 // goTest runs the tests of packages in a module. A non-nil error means that
 // they could not be built or started, so that nothing is known about the code.
 func goTest(ctx context.Context, dir string, timeout time.Duration, args ...string) (report, error) {
-	// Most of the time goes into compiling the packages of the tests: without inlining, 40 % less.
-	args = append([]string{"test", "-json", "-vet=off", "-gcflags=-l", "-timeout=" + timeout.String()}, args...)
+	return runTests(ctx, dir, append([]string{"test", "-json", "-vet=off", noInlining, "-timeout=" + timeout.String()}, args...))
+}
+
+// runProgram runs the tests' program of a package as `go test -failfast` does.
+func runProgram(ctx context.Context, p *goPackage, program string, timeout time.Duration, run string) (report, error) {
+	return runTests(ctx, p.Dir, []string{"tool", "test2json", "-t", "-p", p.ImportPath, program, "-test.v=test2json", "-test.paniconexit0",
+		"-test.failfast", "-test.timeout=" + timeout.String(), "-test.run=" + run})
+}
+
+// runTests runs a go command that prints events.
+func runTests(ctx context.Context, dir string, args []string) (report, error) {
 	cmd := exec.CommandContext(ctx, "go", args...)
 	cmd.Dir = dir
-	// go test passes an interrupt on to the tests, a kill would orphan them.
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	// go test passes an interrupt on to the tests, a kill would orphan them; test2json
+	// does not, so the group gets it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
 	cmd.WaitDelay = 10 * time.Second
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -80,7 +92,7 @@ func goTest(ctx context.Context, dir string, timeout time.Duration, args ...stri
 	case broken:
 		return report{}, fmt.Errorf("does not build: %w\n%s%s", runErr, r.output, stderr.Bytes())
 	case runErr != nil && r.failed == "":
-		return report{}, fmt.Errorf("go test does not start: %w\n%s%s", runErr, r.output, stderr.Bytes())
+		return report{}, fmt.Errorf("the tests do not start: %w\n%s%s", runErr, r.output, stderr.Bytes())
 	}
 	return r, nil
 }

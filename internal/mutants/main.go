@@ -4,7 +4,8 @@
 //
 //	go run ./internal/mutants [-only REGEXP]
 //
-// It changes no file: the go command reads the mutants from an overlay.
+// It changes no file: it compiles a copy of the mutant's and links the rest as it is, or
+// has the go command read it from an overlay.
 package main
 
 import (
@@ -25,7 +26,7 @@ import (
 	"time"
 )
 
-// parallel is how many `go test` run at once.
+// parallel is how many mutants are tried at once.
 const parallel = 2
 
 // tries is how often a mutant may survive: some mistakes show only when goroutines
@@ -73,6 +74,7 @@ type result struct {
 	verdict string // killed, timed out (killed too), SURVIVED or ERROR
 	by      string // the test that killed it
 	took    time.Duration
+	slow    error // why the go command built it
 	err     error
 }
 
@@ -91,6 +93,10 @@ func apply(ctx context.Context, out io.Writer, root string, timeout time.Duratio
 	if err := checkUnmutated(ctx, out, root, timeout, mutants); err != nil {
 		return err
 	}
+	builders, err := newBuilders(ctx, root, mutants)
+	if err != nil {
+		return err
+	}
 	temp, err := os.MkdirTemp("", "mutants")
 	if err != nil {
 		return err
@@ -104,10 +110,8 @@ func apply(ctx context.Context, out io.Writer, root string, timeout time.Duratio
 	)
 	inParallel(len(mutants), func(i int) {
 		started := time.Now()
-		r := tryMutant(ctx, temp, root, timeout, i, mutants[i], texts[i])
-		for again := 1; again < tries && r.verdict == "SURVIVED"; again++ {
-			r = tryMutant(ctx, temp, root, timeout, i, mutants[i], texts[i])
-		}
+		m := &mutants[i]
+		r := tryMutant(ctx, filepath.Join(temp, fmt.Sprint(i)), root, timeout, m, texts[i], builders[m.tests()])
 		r.took = time.Since(started)
 		mu.Lock()
 		defer mu.Unlock()
@@ -118,15 +122,19 @@ func apply(ctx context.Context, out io.Writer, root string, timeout time.Duratio
 	return summarise(out, mutants, results)
 }
 
+// group is packages whose tests are built and checked together.
+type group struct {
+	dir, pkgs string
+}
+
+func (m *mutant) tests() group { return group{m.dir, strings.Join(m.pkgs, " ")} }
+
 // checkUnmutated runs the tests of all mutants on the code as it is, those of
 // the same packages in one go.
 func checkUnmutated(ctx context.Context, out io.Writer, root string, timeout time.Duration, mutants []mutant) error {
-	type group struct {
-		dir, pkgs string
-	}
 	runs := map[group][]string{}
 	for _, m := range mutants {
-		g := group{m.dir, strings.Join(m.pkgs, " ")}
+		g := m.tests()
 		if !slices.Contains(runs[g], m.run) {
 			runs[g] = append(runs[g], m.run)
 		}
@@ -158,31 +166,51 @@ func checkUnmutated(ctx context.Context, out io.Writer, root string, timeout tim
 	return nil
 }
 
-func tryMutant(ctx context.Context, temp, root string, timeout time.Duration, i int, m mutant, text []byte) result {
-	folder := filepath.Join(temp, fmt.Sprint(i))
-	if err := os.MkdirAll(folder, 0o700); err != nil {
+// tryMutant runs the tests of a mutant until one fails, but not for ever.
+func tryMutant(ctx context.Context, folder, root string, timeout time.Duration, m *mutant, text []byte, b *builder) result {
+	test, slow, err := m.build(ctx, folder, root, timeout, text, b)
+	if err != nil {
 		return result{verdict: "ERROR", err: err}
+	}
+	for range tries {
+		r, err := test()
+		switch {
+		case err != nil:
+			return result{verdict: "ERROR", err: err}
+		case r.timedOut:
+			return result{verdict: "timed out", by: r.failed, slow: slow}
+		case r.failed != "":
+			return result{verdict: "killed", by: r.failed, slow: slow}
+		case r.ran == 0:
+			return result{verdict: "ERROR", err: fmt.Errorf("-run %s matches no test", m.run)}
+		}
+	}
+	return result{verdict: "SURVIVED", slow: slow}
+}
+
+// build returns what runs the tests of a mutant. slow is why it is `go test`, which
+// compiles all that imports the mutant's package.
+func (m *mutant) build(ctx context.Context, folder, root string, timeout time.Duration, text []byte, b *builder) (test func() (report, error), slow, err error) {
+	if err := os.MkdirAll(folder, 0o700); err != nil {
+		return nil, nil, err
+	}
+	slow = errors.New("several packages")
+	if b != nil {
+		program, err := b.build(ctx, folder, filepath.Join(root, m.file), text)
+		if err == nil {
+			return func() (report, error) { return runProgram(ctx, b.main, program, timeout, m.run) }, nil, nil
+		}
+		slow = err
 	}
 	overlay, err := writeOverlay(folder, filepath.Join(root, m.file), text)
 	if err != nil {
-		return result{verdict: "ERROR", err: err}
+		return nil, nil, err
 	}
 	args := append([]string{"-overlay=" + overlay, "-count=1", "-failfast"}, m.pkgs...)
 	if m.run != "" {
 		args = append(args, "-run", m.run)
 	}
-	r, err := goTest(ctx, filepath.Join(root, m.dir), timeout, args...)
-	switch {
-	case err != nil:
-		return result{verdict: "ERROR", err: err}
-	case r.timedOut:
-		return result{verdict: "timed out", by: r.failed}
-	case r.failed != "":
-		return result{verdict: "killed", by: r.failed}
-	case r.ran == 0:
-		return result{verdict: "ERROR", err: fmt.Errorf("-run %s matches no test", m.run)}
-	}
-	return result{verdict: "SURVIVED"}
+	return func() (report, error) { return goTest(ctx, filepath.Join(root, m.dir), timeout, args...) }, slow, nil
 }
 
 // summarise prints the table and returns an error unless all were killed.
@@ -191,10 +219,14 @@ func summarise(out io.Writer, mutants []mutant, results []result) error {
 	fmt.Fprintln(table, "\nmutant\tverdict\tseconds\tby")
 	var (
 		killed, survived int
+		slow             []string
 		errs             []error
 	)
 	for i, r := range results {
 		fmt.Fprintf(table, "%s\t%s\t%.1f\t%s\n", mutants[i].name, r.verdict, r.took.Seconds(), r.by)
+		if r.slow != nil {
+			slow = append(slow, fmt.Sprintf("%s: %v", mutants[i].name, r.slow))
+		}
 		switch {
 		case r.err != nil:
 			errs = append(errs, fmt.Errorf("line %d: %s: %w", mutants[i].line, mutants[i].name, r.err))
@@ -206,6 +238,9 @@ func summarise(out io.Writer, mutants []mutant, results []result) error {
 	}
 	if err := table.Flush(); err != nil {
 		return err
+	}
+	if len(slow) > 0 {
+		fmt.Fprintf(out, "\nbuilt by go test, which takes longer:\n%s\n\n", strings.Join(slow, "\n"))
 	}
 	fmt.Fprintf(out, "%d killed, %d survived\n", killed, survived)
 	if survived > 0 {

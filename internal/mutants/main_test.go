@@ -131,7 +131,7 @@ test: .
 	for _, want := range []string{
 		`(?m)^adds-nothing +killed +[0-9.]+ +TestSum$`,
 		`(?m)^line-removed +killed +[0-9.]+ +TestDouble$`,
-		`(?m)^never-ends +timed out +[0-9.]+ +example.test/sum$`,
+		`(?m)^never-ends +timed out +[0-9.]+ +TestSum$`,
 		`(?m)^\[3/3\] `,
 		`(?m)^3 killed, 0 survived$`,
 	} {
@@ -139,10 +139,58 @@ test: .
 			t.Errorf("no %s in:\n%s", want, out)
 		}
 	}
+	if slow := regexp.MustCompile(`(?m)^\S+: .*$`).FindAllString(out, -1); len(slow) != 1 || slow[0] != "line-removed: several packages" {
+		t.Errorf("not only line-removed was built by go test:\n%s", out)
+	}
 	for name, text := range files {
 		if got, err := os.ReadFile(filepath.Join(root, name)); err != nil || string(got) != text {
 			t.Errorf("%s was changed: %v\n%s", name, err, got)
 		}
+	}
+}
+
+// What a package exports of a generic function is all of it: its importers must be
+// compiled anew.
+func TestKilledWhereImportersChange(t *testing.T) {
+	root := writeModules(t, func(files map[string]string) {
+		files["sum.go"] += `
+func Triple[T int | float64](n T) T {
+	return 3 * n
+}
+`
+		files["triple_test.go"] = `package sum_test
+
+import (
+	"testing"
+
+	"example.test/sum"
+)
+
+func TestTriple(t *testing.T) {
+	if sum.Triple(2) != 6 {
+		t.Error("not 6")
+	}
+}
+`
+	})
+	out, err := applyList(t, root, `
+name: twice
+file: sum.go
+find: return 3 * n
+with: return 2 * n
+test: . -run ^TestTriple$
+
+name: adds-nothing
+file: sum.go
+find#1: sum += n
+with: sum += 0 * n
+test: . -run ^TestSum$
+`)
+	if err != nil || !regexp.MustCompile(`(?m)^twice +killed +[0-9.]+ +TestTriple$`).MatchString(out) {
+		t.Errorf("%v:\n%s", err, out)
+	}
+	if slow := regexp.MustCompile(`(?m)^\S+: .*$`).FindAllString(out, -1); len(slow) != 1 || !strings.HasPrefix(slow[0], "twice: what the package exports has changed") {
+		t.Errorf("not only twice was built by go test:\n%s", out)
 	}
 }
 
@@ -222,7 +270,7 @@ file: sum.go
 find#1: sum += n
 with: sum -= n
 test: .
-dir: nowhere`, "nowhere .: go test does not start"},
+dir: nowhere`, "nowhere .: the tests do not start"},
 		"no such test": {`
 name: m
 file: sum.go
