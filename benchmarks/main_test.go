@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/pprof/profile"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
@@ -217,6 +218,30 @@ func TestFigures(t *testing.T) {
 		if got := packageOf(function); got != want {
 			t.Errorf("packageOf(%s) = %s, want %s", function, got, want)
 		}
+	}
+}
+
+func TestGuardShare(t *testing.T) {
+	const guard, middleware = "github.com/grpc-resilience/grpc-resilience/interceptors.(*Guard).unaryClient", "github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery.f"
+	p := new(profile.Profile)
+	for _, s := range []struct {
+		ns    int64
+		stack []string // the innermost first
+	}{
+		{10, []string{"runtime.nanotime", "time.Since", guard, "google.golang.org/grpc.(*ClientConn).Invoke", "main.main"}},
+		{20, []string{middleware, guard, "main.main"}},
+		{40, []string{"runtime.mallocgc", "google.golang.org/grpc.invoke", guard, "main.main"}},
+		{80, []string{"main.handler", middleware, guard, "google.golang.org/grpc.(*Server).handleStream"}},
+		{150, []string{"runtime.gcBgMarkWorker"}},
+	} {
+		sample := &profile.Sample{Value: []int64{1, s.ns}}
+		for _, f := range s.stack {
+			sample.Location = append(sample.Location, &profile.Location{Line: []profile.Line{{Function: &profile.Function{Name: f}}}})
+		}
+		p.Sample = append(p.Sample, sample)
+	}
+	if share := guardShare(p); math.Abs(share-0.1) > 0.001 {
+		t.Errorf("%v of 300 ns, 30 are the guard's", share)
 	}
 }
 

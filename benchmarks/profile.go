@@ -56,6 +56,33 @@ func top(p *profile.Profile, n int, name func(function string) string, byOwn boo
 	return rows
 }
 
+// guardShare is the part of a CPU profile that the guard's functions take with what they
+// call, but for what gRPC and this program do further in.
+func guardShare(p *profile.Profile) float64 {
+	guards, all := int64(0), int64(1) // which is nothing: ns
+	for _, s := range p.Sample {
+		all += s.Value[1]
+		if isGuards(s) {
+			guards += s.Value[1]
+		}
+	}
+	return float64(guards) / float64(all)
+}
+
+func isGuards(s *profile.Sample) bool {
+	for _, l := range s.Location {
+		for _, line := range l.Line {
+			switch name := line.Function.Name; {
+			case strings.HasPrefix(name, "github.com/grpc-resilience/"), strings.HasPrefix(name, "github.com/grpc-ecosystem/"):
+				return true
+			case strings.HasPrefix(name, "google.golang.org/grpc"), strings.HasPrefix(name, "main."):
+				return false
+			}
+		}
+	}
+	return false
+}
+
 func itself(function string) string { return function }
 
 // packageOf is all but what follows the first dot after the last slash that is not a

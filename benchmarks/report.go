@@ -92,7 +92,7 @@ What this project has set itself. A budget is reached if the median is; what mis
 	}
 	out.WriteString(page.Table([]string{"what", "at most", "measured", ""}, rows))
 	out.WriteString(r.body.String())
-	out.WriteString("\n## Not reached, and why\n")
+	out.WriteString("\n## Not reached, and why\n\nWhat was tried, and why it stays as it is: [decisions.md](decisions.md#what-a-call-costs), and [of the policy](decisions.md#the-policy) and [of metrics](decisions.md#metrics).\n")
 	for _, b := range r.budgets {
 		if of := missed[b.why]; b.why != nil && of[0] == b.what {
 			fmt.Fprintf(&out, "\n%s: a CPU profile, by functions and by packages.\n", strings.Join(of, "; "))
