@@ -64,13 +64,13 @@ func (c *call) admit(ctx context.Context, now time.Duration) error {
 		waited = true // it may have
 	}
 	if s := m.slot(c.stream); s != nil {
-		if !s.TryAcquire() {
-			if err := c.waitForSlot(ctx, s); err != nil {
-				return err
-			}
+		if s.TryAcquire() {
+			c.slot = s
+		} else if err := c.waitForSlot(ctx, s); err != nil {
+			return err
+		} else {
 			waited = true
 		}
-		c.slot = s
 	}
 	if waited {
 		err := ctx.Err()
@@ -194,8 +194,18 @@ func (c *call) waitForSlot(ctx context.Context, s *limiter.Semaphore) error {
 		defer cancel()
 	}
 	verdict := s.Acquire(wait)
+	if verdict == limiter.Admitted {
+		c.slot = s
+	}
 	if verdict != limiter.Refused {
+		metered := false
+		defer func() { // also when the meter calls runtime.Goexit
+			if !metered {
+				c.release()
+			}
+		}()
 		g.contain("meter", func() { g.metrics.waited(c.gates, "concurrency_limit", g.now()-began) })
+		metered = true
 	}
 	reason, retry := ReasonConcurrencyLimited, noSlotRetry
 	switch verdict {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -237,46 +238,68 @@ func TestCase17_LoggerExitsWhileAProbeIsAdmitted(t *testing.T) {
 	})
 }
 
-// minedMeter is a meter whose histograms panic.
-type minedMeter struct{ noop.Meter }
-
-type minedHistogram struct{ noop.Float64Histogram }
-
-type minedProvider struct{ noop.MeterProvider }
-
-func (minedProvider) Meter(string, ...metric.MeterOption) metric.Meter { return minedMeter{} }
-
-func (minedMeter) Float64Histogram(string, ...metric.Float64HistogramOption) (metric.Float64Histogram, error) {
-	return minedHistogram{}, nil
+// minedMeter is a meter whose histograms blow up.
+type minedMeter struct {
+	noop.Meter
+	blowUp func()
 }
 
-func (minedHistogram) Record(context.Context, float64, ...metric.RecordOption) { panic("boom") }
+type minedHistogram struct {
+	noop.Float64Histogram
+	blowUp func()
+}
 
-func TestCase17_MeterPanicsAfterAWait(t *testing.T) {
-	for _, wait := range []string{
-		"concurrency_limit: {max_in_flight: 1, max_streams: 1, max_queue: 1}",
-		"rate_limit: {requests_per_second: 1, burst: 1, max_wait: 1s}",
-	} {
-		t.Run(wait, func(t *testing.T) {
-			eachArm(t, func(t *testing.T, a arm) {
-				g := mustGuard(t, a.side+": {rules: [{methods: ['*'], "+wait+"}]}", interceptors.WithMeterProvider(minedProvider{}))
-				call := func() {
-					if err := a.byHand(t.Context(), g, func(context.Context) error { time.Sleep(time.Second); return nil }); err != nil {
-						t.Error(err)
-					}
-				}
-				var calls sync.WaitGroup
-				for range 2 {
-					calls.Go(func() {
-						if p := survive(call); p != nil {
-							t.Errorf("%v came through", p)
+type minedProvider struct {
+	noop.MeterProvider
+	blowUp func()
+}
+
+func (p minedProvider) Meter(string, ...metric.MeterOption) metric.Meter {
+	return minedMeter{blowUp: p.blowUp}
+}
+
+func (m minedMeter) Float64Histogram(string, ...metric.Float64HistogramOption) (metric.Float64Histogram, error) {
+	return minedHistogram{blowUp: m.blowUp}, nil
+}
+
+func (h minedHistogram) Record(context.Context, float64, ...metric.RecordOption) { h.blowUp() }
+
+func TestCase17_MeterBlowsUpAfterAWait(t *testing.T) {
+	for name, blowUp := range blowUps {
+		for _, wait := range []string{
+			"concurrency_limit: {max_in_flight: 1, max_streams: 1, max_queue: 1}",
+			"rate_limit: {requests_per_second: 1, burst: 1, max_wait: 1s}",
+		} {
+			t.Run(name+"/"+wait, func(t *testing.T) {
+				eachArm(t, func(t *testing.T, a arm) {
+					g := mustGuard(t, a.side+": {rules: [{methods: ['*'], "+wait+"}]}", interceptors.WithMeterProvider(minedProvider{blowUp: blowUp}))
+					call := func() {
+						if err := a.byHand(t.Context(), g, func(context.Context) error { time.Sleep(time.Second); return nil }); err != nil {
+							t.Error(err)
 						}
-					})
-				}
-				calls.Wait()
-				wantEnded(t, g, a.sideOf(), a.method, ended{success: 2})
+					}
+					var calls sync.WaitGroup
+					var exits atomic.Int32
+					for range 2 {
+						calls.Go(func() {
+							switch p := survive(call); p {
+							case nil:
+							case "Goexit": // nothing can keep the goroutine: the call was not made
+								exits.Add(1)
+							default:
+								t.Errorf("%v came through", p)
+							}
+						})
+					}
+					calls.Wait()
+					want := map[string]int32{"panic": 0, "Goexit": 1}[name]
+					if n := exits.Load(); n != want {
+						t.Errorf("%d calls were not made, want %d", n, want)
+					}
+					wantEnded(t, g, a.sideOf(), a.method, ended{success: 2 - uint64(want)})
+				})
 			})
-		})
+		}
 	}
 }
 

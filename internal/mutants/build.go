@@ -24,6 +24,7 @@ type goPackage struct {
 	Dir, ImportPath, ForTest, Export    string
 	GoFiles, EmbedFiles, Imports, Deps  []string
 	CgoFiles, SFiles, HFiles, SysoFiles []string
+	DefaultGODEBUG                      string
 	ImportMap                           map[string]string
 	Module                              *struct {
 		Main      bool
@@ -53,7 +54,7 @@ func newBuilders(ctx context.Context, root string, mutants []mutant) (map[group]
 		}
 		b, err := newBuilder(ctx, filepath.Join(root, g.dir), g.pkgs)
 		if err != nil {
-			return nil, err
+			return nil, fmt.Errorf("%s %s: does not build: %w", g.dir, g.pkgs, err)
 		}
 		builders[g] = b
 	}
@@ -121,11 +122,27 @@ func (b *builder) build(ctx context.Context, folder, file string, text []byte) (
 	if err != nil {
 		return "", err
 	}
-	err = runGo(ctx, "tool", "link", "-s", "-w", "-importcfg", packages, "-o", program, b.main.Export)
+	return program, b.link(ctx, packages, program)
+}
+
+// link does what `go test` does, but for what debuggers and debug.ReadBuildInfo want.
+func (b *builder) link(ctx context.Context, packages, program string) error {
+	err := runGo(ctx, "tool", "link", "-s", "-w", "-X=testing.testBinary=1", "-X=runtime.godebugDefault="+b.main.DefaultGODEBUG,
+		"-importcfg", packages, "-o", program, b.main.Export)
 	if err != nil && strings.Contains(err.Error(), "fingerprint mismatch") {
-		err = errors.New("what the package exports has changed")
+		return errors.New("what the package exports has changed")
 	}
-	return program, err
+	return err
+}
+
+// unchanged makes the tests' program of the code as it is.
+func (b *builder) unchanged(ctx context.Context, folder string) (program string, err error) {
+	packages, err := b.importConfig(folder, "packages", b.main.Deps, nil, nil)
+	if err != nil {
+		return "", err
+	}
+	program = filepath.Join(folder, "unchanged.test")
+	return program, b.link(ctx, packages, program)
 }
 
 // owner is the package with a file, as the tests import it.

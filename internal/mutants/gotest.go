@@ -36,27 +36,32 @@ type event struct {
 // goTest runs the tests of packages in a module. A non-nil error means that
 // they could not be built or started, so that nothing is known about the code.
 func goTest(ctx context.Context, dir string, timeout time.Duration, args ...string) (report, error) {
-	return runTests(ctx, dir, append([]string{"test", "-json", "-vet=off", noInlining, "-timeout=" + timeout.String()}, args...))
+	return runTests(ctx, dir, timeout, append([]string{"test", "-json", "-vet=off", noInlining, "-timeout=" + timeout.String()}, args...))
 }
 
 // runProgram runs the tests' program of a package as `go test -failfast` does.
 func runProgram(ctx context.Context, p *goPackage, program string, timeout time.Duration, run string) (report, error) {
-	return runTests(ctx, p.Dir, []string{"tool", "test2json", "-t", "-p", p.ImportPath, program, "-test.v=test2json", "-test.paniconexit0",
+	return runTests(ctx, p.Dir, timeout, []string{"tool", "test2json", "-t", "-p", p.ImportPath, program, "-test.v=test2json", "-test.paniconexit0",
 		"-test.failfast", "-test.timeout=" + timeout.String(), "-test.run=" + run})
 }
 
-// runTests runs a go command that prints events.
-func runTests(ctx context.Context, dir string, args []string) (report, error) {
-	cmd := exec.CommandContext(ctx, "go", args...)
+// runTests runs a go command that prints events, and ends itself after a time.
+func runTests(ctx context.Context, dir string, timeout time.Duration, args []string) (report, error) {
+	// A process that a test has left behind and that holds its output is not waited for.
+	bounded, cancel := context.WithTimeout(ctx, timeout+timeout/2)
+	defer cancel()
+	cmd := exec.CommandContext(bounded, "go", args...)
 	cmd.Dir = dir
-	// go test passes an interrupt on to the tests, a kill would orphan them; test2json
-	// does not, so the group gets it.
+	// All that it starts is one group. The go command tidies up when it is interrupted; tests may ignore it.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGINT) }
-	cmd.WaitDelay = 10 * time.Second
+	cmd.WaitDelay = timeout / 6
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	stdout, runErr := cmd.Output()
+	if cmd.Process != nil {
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) // who is left of the group; often nobody
+	}
 
 	var (
 		r          report

@@ -90,18 +90,18 @@ func apply(ctx context.Context, out io.Writer, root string, timeout time.Duratio
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("the list does not fit the code:\n%w", err)
 	}
-	if err := checkUnmutated(ctx, out, root, timeout, mutants); err != nil {
-		return err
-	}
-	builders, err := newBuilders(ctx, root, mutants)
-	if err != nil {
-		return err
-	}
 	temp, err := os.MkdirTemp("", "mutants")
 	if err != nil {
 		return err
 	}
 	defer os.RemoveAll(temp)
+	builders, err := newBuilders(ctx, root, mutants)
+	if err != nil {
+		return err
+	}
+	if err := checkUnmutated(ctx, out, temp, root, timeout, mutants, builders); err != nil {
+		return err
+	}
 
 	results := make([]result, len(mutants))
 	var (
@@ -130,8 +130,8 @@ type group struct {
 func (m *mutant) tests() group { return group{m.dir, strings.Join(m.pkgs, " ")} }
 
 // checkUnmutated runs the tests of all mutants on the code as it is, those of
-// the same packages in one go.
-func checkUnmutated(ctx context.Context, out io.Writer, root string, timeout time.Duration, mutants []mutant) error {
+// the same packages in one go, and as those of mutants are run.
+func checkUnmutated(ctx context.Context, out io.Writer, temp, root string, timeout time.Duration, mutants []mutant, builders map[group]*builder) error {
 	runs := map[group][]string{}
 	for _, m := range mutants {
 		g := m.tests()
@@ -146,12 +146,12 @@ func checkUnmutated(ctx context.Context, out io.Writer, root string, timeout tim
 	errs := make([]error, len(groups))
 	inParallel(len(groups), func(i int) {
 		g := groups[i]
-		args := append([]string{"-failfast"}, strings.Fields(g.pkgs)...)
-		if !slices.Contains(runs[g], "") {
-			args = append(args, "-run", strings.Join(runs[g], "|"))
+		run := strings.Join(runs[g], "|")
+		if slices.Contains(runs[g], "") {
+			run = ""
 		}
 		// Many tests run here in one go, one mutant's timeout is too short.
-		r, err := goTest(ctx, filepath.Join(root, g.dir), 5*timeout, args...)
+		r, err := testUnmutated(ctx, filepath.Join(temp, fmt.Sprint("unmutated", i)), filepath.Join(root, g.dir), 5*timeout, g, run, builders[g])
 		switch {
 		case err != nil:
 			errs[i] = fmt.Errorf("%s %s: %w", g.dir, g.pkgs, err)
@@ -164,6 +164,20 @@ func checkUnmutated(ctx context.Context, out io.Writer, root string, timeout tim
 	}
 	fmt.Fprintf(out, "%d mutants; their tests pass without them\n", len(mutants))
 	return nil
+}
+
+func testUnmutated(ctx context.Context, folder, dir string, timeout time.Duration, g group, run string, b *builder) (report, error) {
+	if b == nil {
+		return goTest(ctx, dir, timeout, append(strings.Fields(g.pkgs), "-failfast", "-run", run)...)
+	}
+	if err := os.MkdirAll(folder, 0o700); err != nil {
+		return report{}, err
+	}
+	program, err := b.unchanged(ctx, folder)
+	if err != nil {
+		return report{}, err
+	}
+	return runProgram(ctx, b.main, program, timeout, run)
 }
 
 // tryMutant runs the tests of a mutant until one fails, but not for ever.

@@ -194,6 +194,89 @@ test: . -run ^TestSum$
 	}
 }
 
+// A test that is not run as `go test` runs it may fail whatever the code does.
+func TestRunsAsGoTestDoes(t *testing.T) {
+	root := writeModules(t, func(files map[string]string) {
+		files["godebug_test.go"] = "//go:debug panicnil=1\n\npackage sum\n"
+		files["sum_test.go"] = `package sum
+
+import (
+	"os"
+	"testing"
+)
+
+func TestSum(t *testing.T) {
+	if !testing.Testing() {
+		t.Error("not a test")
+	}
+	if _, err := os.Stat("go.mod"); err != nil {
+		t.Error(err)
+	}
+	defer func() {
+		if recover() != nil {
+			t.Error("not Go before 1.21")
+		}
+	}()
+	panic(nil)
+}
+`
+	})
+	out, err := applyList(t, root, `
+name: equivalent
+file: sum.go
+find#1: sum += n
+with: sum += n + 0
+test: . -run ^TestSum$
+`)
+	if err == nil || !strings.Contains(out, "0 killed, 1 survived") || strings.Contains(out, "built by go test") {
+		t.Errorf("%v:\n%s", err, out)
+	}
+}
+
+// A process that a test leaves behind, with its output, is ended, and not waited for.
+func TestProcessesThatTestsLeave(t *testing.T) {
+	root := writeModules(t, func(files map[string]string) {
+		files["sum_test.go"] = `package sum
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"testing"
+)
+
+func TestSum(t *testing.T) {
+	if Sum(1, 2) == 3 {
+		return
+	}
+	left := exec.Command("sleep", "60")
+	left.Stdout, left.Stderr = os.Stdout, os.Stderr
+	_ = left.Start()
+	_ = os.WriteFile("pid", fmt.Append(nil, left.Process.Pid), 0o600)
+	t.Error("not 3")
+}
+`
+	})
+	started := time.Now()
+	out, err := applyList(t, root, `
+name: adds-nothing
+file: sum.go
+find#1: sum += n
+with: sum += 0 * n
+test: . -run ^TestSum$
+`)
+	if err != nil || !strings.Contains(out, "1 killed") || time.Since(started) > 40*time.Second {
+		t.Errorf("%v after %v:\n%s", err, time.Since(started), out)
+	}
+	text, err := os.ReadFile(filepath.Join(root, "pid"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stat, err := os.ReadFile("/proc/" + string(text) + "/stat"); err == nil && !strings.Contains(string(stat), ") Z ") {
+		t.Errorf("still there: %s", stat)
+	}
+}
+
 // A test that notices every other time is enough.
 func TestKilledAtTheSecondTry(t *testing.T) {
 	root := writeModules(t, func(files map[string]string) {
@@ -270,7 +353,7 @@ file: sum.go
 find#1: sum += n
 with: sum -= n
 test: .
-dir: nowhere`, "nowhere .: the tests do not start"},
+dir: nowhere`, "nowhere .: does not build"},
 		"no such test": {`
 name: m
 file: sum.go
