@@ -89,7 +89,11 @@ const (
 	clientArm        = "unary client, three gates"
 	timeoutArm       = "unary client, three gates and a timeout to set"
 	engineArm        = "unary client, breaker, engine hystrix"
+	clientEngineArm  = "unary client, three gates, engine hystrix"
 	serverArm        = "unary server, three gates"
+	serverEngineArm  = "unary server, three gates, engine hystrix"
+	clientStreamArm  = "client stream, three gates"
+	serverStreamArm  = "server stream, three gates"
 	deadlineArm      = "context.WithDeadline and its cancel"
 	hystrixArm       = "hystrix-go AllowRequest + ReportEvent"
 	hystrixDo        = "hystrix-go DoC"
@@ -99,13 +103,14 @@ const (
 	failsafeServer   = "failsafe-go server interceptor, three policies"
 	xRateArm         = "x/time/rate Allow"
 	middlewareServer = "go-grpc-middleware server, recovery + ratelimit with x/time/rate"
+	middlewareStream = "server stream, go-grpc-middleware recovery + ratelimit with x/time/rate"
 )
 
 // unaryArms begin with what uses hystrix-go directly: a guard that has used it adds a
 // collector to each circuit that is made from then on, in the whole process.
 var unaryArms = []arm{
 	{name: "calling nothing", what: "the loop that measures; it is in all figures.", make: func(_ limits, do func() error) func() error { return do }},
-	{name: floorArm, what: "2 reads of the monotonic clock, 1 map read and 4 atomic additions to one set of counters: no guard can do without.", make: floor},
+	{name: floorArm, what: "2 reads of the monotonic clock, 1 map read and 4 atomic additions to one set of counters: what breaker, limits and counts of a method need at least.", make: floor},
 	{name: deadlineArm, what: "what a timeout costs whoever sets it.", make: func(_ limits, do func() error) func() error {
 		return func() error {
 			_, cancel := context.WithDeadline(context.Background(), time.Now().Add(time.Hour))
@@ -125,11 +130,11 @@ var unaryArms = []arm{
 	{name: timeoutArm, gates: three, make: ours(onClient, breakerBlock, limitBlocks, "timeout: 1h")},
 	{name: engineArm, gates: breaks, paced: true, make: ours(onClient, hystrixBlock),
 		what: "hystrix-go decides."},
-	{name: "unary client, three gates, engine hystrix", gates: three, paced: true, make: ours(onClient, hystrixBlock, limitBlocks)},
+	{name: clientEngineArm, gates: three, paced: true, make: ours(onClient, hystrixBlock, limitBlocks)},
 	{name: "unary server, no rule for the method", what: "recovery of panics and the record of calls in flight that a drain needs; so in each unary server.", make: ours(onServer)},
 	{name: "unary server, breaker", gates: breaks, make: ours(onServer, breakerBlock)},
 	{name: serverArm, gates: three, make: ours(onServer, breakerBlock, limitBlocks)},
-	{name: "unary server, three gates, engine hystrix", gates: three, paced: true, make: ours(onServer, hystrixBlock, limitBlocks)},
+	{name: serverEngineArm, gates: three, paced: true, make: ours(onServer, hystrixBlock, limitBlocks)},
 	{name: gobreakerArm, what: "one breaker for all methods, no gRPC.", gates: breaks, make: func(l limits, do func() error) func() error {
 		cb := newGobreaker(l)
 		return func() error {

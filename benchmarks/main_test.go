@@ -63,7 +63,7 @@ func TestArms(t *testing.T) {
 }
 
 func allRefusals() (list []refusal) {
-	for _, a := range unaryArms {
+	for _, a := range slices.Concat(unaryArms, streamArms) {
 		list = append(list, a.refusals()...)
 	}
 	return append(list, moreRefusals()...)
@@ -177,6 +177,10 @@ func TestAccuracyIsNotGivenAway(t *testing.T) {
 			t.Errorf("%v times the rate: an excess of %v", factor, excess)
 		}
 	}
+	all := offer(nothing, 1, false, 20*time.Millisecond)
+	if n, right, off := all.deviation(limits{rate: 1, burst: 1}); n != float64(len(all.admitted)) || off < n-3 {
+		t.Errorf("of %d, none refused: %v calls, right is %v, off by %v", len(all.admitted), n, right, off)
+	}
 	var mu sync.Mutex
 	var stack []chan struct{}
 	lastComeFirst := func(do func() error) error {
@@ -221,7 +225,7 @@ func TestFigures(t *testing.T) {
 	}
 }
 
-func TestGuardShare(t *testing.T) {
+func TestTakes(t *testing.T) {
 	const guard, middleware = "github.com/grpc-resilience/grpc-resilience/interceptors.(*Guard).unaryClient", "github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/recovery.f"
 	p := new(profile.Profile)
 	for _, s := range []struct {
@@ -240,8 +244,8 @@ func TestGuardShare(t *testing.T) {
 		}
 		p.Sample = append(p.Sample, sample)
 	}
-	if share := guardShare(p); math.Abs(share-0.1) > 0.001 {
-		t.Errorf("%v of 300 ns, 30 are the guard's", share)
+	if guard, program := takes(p); math.Abs(guard-0.1) > 0.001 || math.Abs(program-80.0/300) > 0.001 {
+		t.Errorf("%v and %v: of 300 ns 30 are the guard's and 80 the program's", guard, program)
 	}
 }
 

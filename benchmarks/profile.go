@@ -56,31 +56,39 @@ func top(p *profile.Profile, n int, name func(function string) string, byOwn boo
 	return rows
 }
 
-// guardShare is the part of a CPU profile that the guard's functions take with what they
-// call, but for what gRPC and this program do further in.
-func guardShare(p *profile.Profile) float64 {
-	guards, all := int64(0), int64(1) // which is nothing: ns
+// takes are the parts of a CPU profile that the guard's functions and this program's
+// take, with what they call but the other's and gRPC's.
+func takes(p *profile.Profile) (guard, program float64) {
+	all := 1.0 // ns: nothing
 	for _, s := range p.Sample {
-		all += s.Value[1]
-		if isGuards(s) {
-			guards += s.Value[1]
+		ns := float64(s.Value[1])
+		all += ns
+		switch whose(s) {
+		case "guard":
+			guard += ns
+		case "program":
+			program += ns
 		}
 	}
-	return float64(guards) / float64(all)
+	return guard / all, program / all
 }
 
-func isGuards(s *profile.Sample) bool {
+// whose is who called what a sample was taken in.
+func whose(s *profile.Sample) string {
+	const module = "github.com/grpc-resilience/grpc-resilience/"
 	for _, l := range s.Location {
 		for _, line := range l.Line {
 			switch name := line.Function.Name; {
-			case strings.HasPrefix(name, "github.com/grpc-resilience/"), strings.HasPrefix(name, "github.com/grpc-ecosystem/"):
-				return true
-			case strings.HasPrefix(name, "google.golang.org/grpc"), strings.HasPrefix(name, "main."):
-				return false
+			case strings.HasPrefix(name, "main."), strings.HasPrefix(name, module+"benchmarks."): // as it is called in a test
+				return "program"
+			case strings.HasPrefix(name, module), strings.HasPrefix(name, "github.com/grpc-ecosystem/"):
+				return "guard"
+			case strings.HasPrefix(name, "google.golang.org/grpc"):
+				return "gRPC"
 			}
 		}
 	}
-	return false
+	return ""
 }
 
 func itself(function string) string { return function }

@@ -21,6 +21,7 @@ type refusal struct {
 	what   string
 	reason interceptors.Reason // "": not ours
 	many   int                 // refusals that one call stands for; 0: one
+	paced  bool                // as of its arm
 	make   func() (call func() error, free func())
 }
 
@@ -31,12 +32,12 @@ const (
 
 // refusals are the gates of an arm, one by one.
 func (a arm) refusals() (list []refusal) {
-	ours := slices.Contains([]string{clientArm, engineArm, serverArm}, a.name)
-	if !ours && !slices.Contains([]string{hystrixArm, hystrixDo, gobreakerArm, byHandArm, failsafeClient, failsafeServer, middlewareServer}, a.name) {
+	ours := slices.Contains([]string{clientArm, clientEngineArm, serverArm, serverEngineArm, clientStreamArm, serverStreamArm}, a.name)
+	if !ours && !slices.Contains([]string{hystrixArm, hystrixDo, gobreakerArm, byHandArm, failsafeClient, failsafeServer, middlewareServer, middlewareStream}, a.name) {
 		return nil // much the same as one of these
 	}
 	for _, g := range a.gates {
-		r := refusal{name: a.name + ": " + string(g), make: func() (func() error, func()) {
+		r := refusal{name: a.name + ": " + string(g), paced: a.paced, make: func() (func() error, func()) {
 			call, _, free := a.refusing(g)
 			return call, free
 		}}
@@ -110,7 +111,7 @@ func moreRefusals() []refusal {
 // cheap is whether a refusal has to be one allocation: on a client, by the window
 // engine (hystrix-go makes some for its report), if it has not waited.
 func (r refusal) cheap() bool {
-	return r.reason != "" && strings.HasPrefix(r.name, "unary client") && !strings.HasPrefix(r.name, engineArm) && r.name != queueTimeout
+	return r.reason != "" && strings.HasPrefix(r.name, "unary client") && !strings.HasPrefix(r.name, clientEngineArm) && r.name != queueTimeout
 }
 
 // queue returns a call that finds the only place taken, and so many calls waiting.
@@ -134,7 +135,7 @@ func queue(settings string, waiting int) (call func() error, free func()) {
 
 func (r refusal) subject() (s subject, free func()) {
 	call, free := r.make()
-	return subject{name: "refused: " + r.name, many: r.many, calls: func() func() error {
+	return subject{name: "refused: " + r.name, many: r.many, paced: r.paced, calls: func() func() error {
 		return func() error {
 			if call() == nil {
 				return errors.New("was admitted")

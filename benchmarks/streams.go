@@ -13,12 +13,18 @@ import (
 
 var streamArms = []arm{
 	{name: "client stream, bare", make: onClientStream(bareClient)},
-	{name: "client stream, three gates", gates: three, make: ours(onClientStream, breakerBlock, limitBlocks)},
+	{name: "client stream, no rule for the method", make: ours(onClientStream)},
+	{name: "client stream, breaker", gates: breaks, make: ours(onClientStream, breakerBlock)},
+	{name: clientStreamArm, gates: three, make: ours(onClientStream, breakerBlock, limitBlocks)},
+	{name: "client stream, three gates, engine hystrix", gates: three, paced: true, make: ours(onClientStream, hystrixBlock, limitBlocks)},
 	{name: "client stream, go-grpc-middleware reporter", what: "tells a reporter, which does nothing, of each message and of the end.", make: onClientStream(reportClient)},
 	{name: "server stream, bare", make: onServerStream(bareServer)},
-	{name: "server stream, three gates", gates: three, make: ours(onServerStream, breakerBlock, limitBlocks)},
+	{name: "server stream, no rule for the method", make: ours(onServerStream)},
+	{name: "server stream, breaker", gates: breaks, make: ours(onServerStream, breakerBlock)},
+	{name: serverStreamArm, gates: three, make: ours(onServerStream, breakerBlock, limitBlocks)},
+	{name: "server stream, three gates, engine hystrix", gates: three, paced: true, make: ours(onServerStream, hystrixBlock, limitBlocks)},
 	{name: "server stream, go-grpc-middleware reporter", make: onServerStream(reportServer)},
-	{name: "server stream, go-grpc-middleware recovery + ratelimit with x/time/rate", gates: limited, make: onServerStream(func(l limits) grpc.StreamServerInterceptor {
+	{name: middlewareStream, gates: limited, make: onServerStream(func(l limits) grpc.StreamServerInterceptor {
 		recovers, limit := recovery.StreamServerInterceptor(), ratelimit.StreamServerInterceptor(newXRate(l))
 		return func(srv any, ss grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 			return recovers(srv, ss, info, func(srv any, ss grpc.ServerStream) error { return limit(srv, ss, info, handler) })
