@@ -168,7 +168,7 @@ func memory(r *report, set settings) {
 		}
 		rows = append(rows, row)
 	}
-	r.section("Memory", fmt.Sprintf("Heap and goroutines that a method takes, when so many have been called once; measured once. One rule gives at most 4,096 methods a state of their own; a circuit of hystrix-go is never freed: so there are %d of these. "+
+	r.section("Memory", fmt.Sprintf("Heap and goroutines that a method takes, when so many have been called once; measured once. One rule gives at most 4,096 methods a state of their own; a circuit of hystrix-go is never freed. Both are measured with %d methods only. "+
 		"What failsafe-go takes has its settings in it, since each method needs policies of its own.", few))
 	r.table(header, rows)
 }
