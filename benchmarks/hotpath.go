@@ -32,7 +32,9 @@ func hotPath(r *report, set settings) {
 	}
 	refuse(moreRefusals())
 	sent := messages()
-	subjects = append(subjects, sent...)
+	for _, s := range sent {
+		subjects = append(subjects, s.at(1, procs)...)
+	}
 	got := measure("hot path", subjects, set.rounds, set.batch)
 	of := func(name string, width int) *result { return got[subject{name: name, width: width}.key()] }
 	serial := func(name string) *result { return of(name, 1) }
@@ -57,9 +59,9 @@ func hotPath(r *report, set settings) {
 	arms(streamArms)
 	var rows [][]string
 	for _, s := range sent {
-		rows = append(rows, []string{s.name, spread(serial(s.name).ns), number(serial(s.name).allocs)})
+		rows = append(rows, []string{s.name, spread(serial(s.name).ns), spread(of(s.name, procs).ns), number(serial(s.name).allocs)})
 	}
-	r.table([]string{"a message", "serial, ns", "allocations"}, rows)
+	r.table([]string{"a message", "serial, ns", "parallel, ns", "allocations"}, rows)
 
 	r.section("Refused calls", "What it takes until the interceptor has said no. On a client that is all, and the status with its details is made when somebody asks for it; on a server the wire is to come, see End to end.")
 	var notes [][]string

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"io"
+	"runtime"
+	"sync/atomic"
 
 	middleware "github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors"
 	"github.com/grpc-ecosystem/go-grpc-middleware/v2/interceptors/ratelimit"
@@ -39,6 +41,8 @@ var messageArms = []struct {
 	server func(limits) grpc.StreamServerInterceptor
 }{
 	{"bare", bareClient, bareServer},
+	{"no rule for the method", func(l limits) grpc.StreamClientInterceptor { return guard(l).StreamClientInterceptor() },
+		func(l limits) grpc.StreamServerInterceptor { return guard(l).StreamServerInterceptor() }},
 	{"three gates", func(l limits) grpc.StreamClientInterceptor {
 		return guard(l, breakerBlock, limitBlocks).StreamClientInterceptor()
 	},
@@ -130,27 +134,44 @@ func onServerStream(intercept func(limits) grpc.StreamServerInterceptor) maker {
 	}
 }
 
-// messages are those of streams that stay open while the program runs.
+// messages are those of streams that stay open while the program runs. No two goroutines
+// that run together have the same.
 func messages() (subjects []subject) {
 	for _, by := range messageArms {
-		cs := must(by.client(wide)(context.Background(), bidi, nil, streamMethod,
-			func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
-				return clientEnd{}, nil
-			}))
-		opened := make(chan grpc.ServerStream)
-		go func() {
-			_ = by.server(wide)(nil, serverEnd{}, bidiInfo, func(_ any, ss grpc.ServerStream) error {
-				opened <- ss
-				select {}
-			})
-		}()
-		ss := <-opened
+		client, server := by.client(wide), by.server(wide)
+		cs := func() grpc.ClientStream {
+			return must(client(context.Background(), bidi, nil, streamMethod,
+				func(context.Context, *grpc.StreamDesc, *grpc.ClientConn, string, ...grpc.CallOption) (grpc.ClientStream, error) {
+					return clientEnd{}, nil
+				}))
+		}
+		ss := func() grpc.ServerStream {
+			opened := make(chan grpc.ServerStream)
+			go func() {
+				_ = server(nil, serverEnd{}, bidiInfo, func(_ any, ss grpc.ServerStream) error {
+					opened <- ss
+					select {}
+				})
+			}()
+			return <-opened
+		}
 		for _, m := range []struct {
 			name string
-			call func(any) error
-		}{{"client receives", cs.RecvMsg}, {"client sends", cs.SendMsg}, {"server receives", ss.RecvMsg}, {"server sends", ss.SendMsg}} {
-			subjects = append(subjects, subject{name: m.name + ", " + by.name, width: 1, calls: func() func() error {
-				return func() error { return m.call(nil) }
+			open func() (message func(any) error)
+		}{
+			{"client receives", func() func(any) error { return cs().RecvMsg }},
+			{"client sends", func() func(any) error { return cs().SendMsg }},
+			{"server receives", func() func(any) error { return ss().RecvMsg }},
+			{"server sends", func() func(any) error { return ss().SendMsg }},
+		} {
+			var messages []func(any) error
+			for range runtime.GOMAXPROCS(0) {
+				messages = append(messages, m.open())
+			}
+			var taken atomic.Uint64
+			subjects = append(subjects, subject{name: m.name + ", " + by.name, calls: func() func() error {
+				message := messages[taken.Add(1)%uint64(len(messages))]
+				return func() error { return message(nil) }
 			}})
 		}
 	}
