@@ -118,7 +118,7 @@ func hotPath(r *report, set settings) {
 			message, cause := "a guarded stream's message, "+what, why(subject{name: s.name, width: 1}.key())
 			r.check(message+": time over bare", added, 15, " ns", cause)
 			r.check(message+": time over bare, against that of go-grpc-middleware's reporter", ratio(added, reporters), 0.21, " ×", cause)
-			allocs("a guarded stream's message, "+what, serial(s.name).allocs, 0)
+			allocs(message, serial(s.name).allocs, 0)
 		}
 	}
 	for _, side := range []string{"client stream", "server stream"} {

@@ -170,6 +170,7 @@ func testUnmutated(ctx context.Context, folder, dir string, timeout time.Duratio
 	if b == nil {
 		return goTest(ctx, dir, timeout, append(strings.Fields(g.pkgs), "-failfast", "-run", run)...)
 	}
+	defer os.RemoveAll(folder)
 	if err := os.MkdirAll(folder, 0o700); err != nil {
 		return report{}, err
 	}
@@ -180,8 +181,10 @@ func testUnmutated(ctx context.Context, folder, dir string, timeout time.Duratio
 	return runProgram(ctx, b.main, program, timeout, run)
 }
 
-// tryMutant runs the tests of a mutant until one fails, but not for ever.
+// tryMutant runs the tests of a mutant until one fails, but not for ever. What it made in
+// folder is gone then: hundreds of programs would fill a disk.
 func tryMutant(ctx context.Context, folder, root string, timeout time.Duration, m *mutant, text []byte, b *builder) result {
+	defer os.RemoveAll(folder)
 	test, slow, err := m.build(ctx, folder, root, timeout, text, b)
 	if err != nil {
 		return result{verdict: "ERROR", err: err}
